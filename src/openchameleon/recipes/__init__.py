@@ -1,0 +1,49 @@
+"""Recipes: functions that return a full config; each docstring says command, hardware, time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openchameleon.recipes.config import Recipe
+
+RECIPES = ("nano",)
+"""The recipes shipped with the package, by name; each is the module of that name."""
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe of that name, or of a Python file (its `recipe()`) or JSON file. UserError."""
+    import importlib
+    import json
+    import runpy
+
+    from openchameleon.config import from_dict
+    from openchameleon.errors import UserError, nearest
+    from openchameleon.recipes.config import Recipe
+
+    if name_or_path in RECIPES:
+        module = importlib.import_module(f"openchameleon.recipes.{name_or_path}")
+        return module.recipe()
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(
+            f"No recipe {name_or_path!r}: it is neither a file nor one of {', '.join(RECIPES)}."
+            f"{nearest(name_or_path, RECIPES)}"
+        )
+    if path.suffix == ".json":
+        try:
+            return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from error
+    make = runpy.run_path(str(path)).get("recipe")
+    if path.suffix != ".py" or make is None:
+        raise UserError(f"{path} is no recipe: give a .json file, or a .py file with recipe().")
+    return make()
+
+
+def run_recipe(recipe: Recipe, out: Path) -> Path:
+    """Trains everything the recipe says, going on where it was cut off; the model folder."""
+    from openchameleon.recipes import stages
+
+    return stages.run_recipe(recipe, out)

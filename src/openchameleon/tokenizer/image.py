@@ -1,0 +1,156 @@
+"""Pictures <-> codes: the VQ model with its preprocessing, as one thing to save and load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openchameleon import config as config_io
+from openchameleon.errors import UserError
+from openchameleon.image_io import to_rgb
+from openchameleon.vqgan.config import VQConfig
+from openchameleon.vqgan.model import VQModel
+
+Fit = Literal["crop", "pad"]
+
+_BATCH = 16  # pictures through the model at once: bounds memory, enough to fill a device
+_MAX_ASPECT = 16
+
+
+class ImageTokenizer:
+    """P x P pictures as N codes of a codebook; see `VQConfig` for the sizes."""
+
+    def __init__(self, model: VQModel, config: VQConfig) -> None:
+        self.model = model.eval()
+        self.config = config
+
+    @property
+    def n_codes(self) -> int:
+        """N, codes of one picture."""
+        return self.config.n_codes_per_image
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.n_embed
+
+    @property
+    def resolution(self) -> int:
+        """P, pixels of a side."""
+        return self.config.resolution
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> ImageTokenizer:
+        """Moves the model; returns itself."""
+        self.model.to(device)
+        return self
+
+    def preprocess(self, picture: PIL.Image.Image, fit: Fit = "crop") -> Tensor:
+        """A picture of any size -> float32 pixels (3, P, P) in [-1, 1].
+
+        "crop": the shorter side becomes P (Lanczos), the middle of the longer one is kept, as the
+        published inference does. "pad": the longer side becomes P, on a white square: the paper's
+        rule for the pictures of fine-tuning prompts (section 3.2).
+        """
+        square = _fit(to_rgb(picture), self.resolution, fit)
+        pixels = torch.from_numpy(np.array(square, dtype=np.float32))
+        return (pixels / 255 * 2 - 1).permute(2, 0, 1).contiguous()
+
+    @torch.no_grad()
+    def encode(self, pictures: list[PIL.Image.Image], fit: Fit = "crop") -> Tensor:
+        """B pictures -> codes (B, N) int64 on the CPU, each picture's in raster order."""
+        parts = [torch.empty(0, self.n_codes, dtype=torch.int64)]
+        for start in range(0, len(pictures), _BATCH):
+            batch = pictures[start : start + _BATCH]
+            pixels = torch.stack([self.preprocess(p, fit) for p in batch])
+            parts.append(self.model.encode(pixels.to(self.device)).flatten(1).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> list[PIL.Image.Image]:
+        """Codes (B, N) -> B pictures of P x P. ValueError unless they are such codes."""
+        if codes.ndim != 2 or codes.shape[1] != self.n_codes:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected (B, {self.n_codes})")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
+            raise ValueError(f"a code is outside 0..{self.codebook_size - 1}")
+        side = self.config.codes_per_side
+        pictures: list[PIL.Image.Image] = []
+        for part in codes.long().split(_BATCH):
+            pixels = self.model.decode(part.to(self.device).view(-1, side, side))
+            pictures += map(_picture, pixels.float().cpu())
+        return pictures
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` into the folder, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config_io.to_dict(self.config), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @staticmethod
+    def load(folder: str | Path, device: torch.device | str = "cpu") -> ImageTokenizer:
+        """Reads what `save` wrote; weights of any float type run as float32.
+
+        UserError if a file is missing, damaged, or of another architecture.
+        """
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no readable image tokenizer: {error}") from error
+        config = config_io.from_dict(VQConfig, data)
+        model = VQModel(config)
+        try:
+            model.load_state_dict(
+                {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"The weights in {folder} do not belong to its config.json: {error}"
+            ) from error
+        return ImageTokenizer(model, config).to(device)
+
+
+def _fit(picture: PIL.Image.Image, side: int, fit: Fit) -> PIL.Image.Image:
+    """An RGB picture as a square of `side` pixels."""
+    if fit == "pad":
+        scale = side / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        square = PIL.Image.new("RGB", (side, side), "white")
+        at = ((side - size[0]) // 2, (side - size[1]) // 2)
+        square.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
+        return square
+    # A strip of one pixel would be enlarged to a side times its length: cut it down first.
+    longest = min(picture.size) * _MAX_ASPECT
+    picture = _centre_crop(picture, min(picture.width, longest), min(picture.height, longest))
+    scale = side / min(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return _centre_crop(picture.resize(size, PIL.Image.Resampling.LANCZOS), side, side)
+
+
+def _centre_crop(picture: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _picture(pixels: Tensor) -> PIL.Image.Image:
+    """Float pixels (3, P, P) -> a picture.
+
+    Rounded, where the published code truncates: rounding undoes `preprocess` exactly, truncation
+    darkens by half a level on average.
+    """
+    levels = ((pixels.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8)
+    return PIL.Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,105 @@
+"""Folders and files -> records, one at a time. Knows no tokens.
+
+Read are: a folder with `records.jsonl` (as `world sample` writes it), such a file itself, and a
+plain folder of pictures that each have a caption beside them (`cat.png`, `cat.txt`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openchameleon.document import (
+    Document,
+    Image,
+    Record,
+    Segment,
+    Text,
+    read_jsonl,
+    record_from_json,
+)
+from openchameleon.errors import UserError
+from openchameleon.image_io import open_image
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+RECORDS = "records.jsonl"
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a folder or file, in order. UserError names the file and line at fault."""
+    jsonl = _jsonl_of(path)
+    return _read_jsonl_records(jsonl) if jsonl else _read_captioned(path)
+
+
+def count_records(path: Path) -> int:
+    """How many records `read_records` will yield if none is at fault."""
+    if jsonl := _jsonl_of(path):
+        with jsonl.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    return len(_pictures(path))
+
+
+def _jsonl_of(path: Path) -> Path | None:
+    """The JSONL file meant by `path`, or None for a folder of captioned pictures."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"There is no folder or file {path}.")
+    return path / RECORDS if (path / RECORDS).is_file() else None
+
+
+def _read_jsonl_records(path: Path) -> Iterator[Record]:
+    def load_image(name: Any) -> PIL.Image.Image:
+        if not isinstance(name, str):
+            raise ValueError('"image" must be a path')
+        return open_image(path.parent / name)
+
+    try:
+        for number, data in read_jsonl(path):
+            try:
+                record = record_from_json(data, load_image)
+                _check_texts(record)
+            except KeyError as error:
+                raise UserError(f"{path}:{number}: a message lacks {error}.") from error
+            except (ValueError, TypeError, UserError) as error:
+                raise UserError(f"{path}:{number}: {error}") from error
+            yield record
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{error}") from error
+
+
+def _check_texts(record: Record) -> None:
+    documents = [record] if isinstance(record, Document) else [t.document for t in record.messages]
+    for segment in (segment for document in documents for segment in document):
+        if isinstance(segment, Text) and not isinstance(segment.text, str):
+            raise ValueError('"text" must be a string')
+
+
+def _read_captioned(folder: Path) -> Iterator[Record]:
+    pictures = _pictures(folder)
+    if not pictures:
+        raise UserError(
+            f"{folder} holds neither {RECORDS} nor pictures ({', '.join(sorted(PICTURES))})."
+        )
+    for picture in pictures:
+        caption = picture.with_suffix(".txt")
+        try:
+            text = caption.read_text(encoding="utf-8").strip()
+        except FileNotFoundError as error:
+            raise UserError(f"{picture} has no caption: write it in {caption.name}.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{caption} is not UTF-8 text.") from error
+        segments: list[Segment] = [Text(text), Image(open_image(picture))]
+        # half of the pictures teach drawing and half describing, the same ones in every run
+        if hashlib.sha256(picture.relative_to(folder).as_posix().encode()).digest()[0] % 2:
+            segments.reverse()
+        yield Document(segments)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)

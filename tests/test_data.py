@@ -1,0 +1,402 @@
+"""Sources, packing, preparation and the loader: nothing lost, nothing cut, one order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openchameleon.data.loader import RowLoader, make_batch, permuted
+from openchameleon.data.pack import Encoded, Rows, pack, save_manifest, write_rows
+from openchameleon.data.prepare import prepare
+from openchameleon.data.sources import count_records, read_records
+from openchameleon.document import Conversation, Document, Image, Record, Text
+from openchameleon.errors import UserError
+from openchameleon.vocab import Vocab
+
+VOCAB = Vocab.compact(n_codes=8, codes_per_item=4, n_text=256)
+
+
+class Letters:
+    """A tokenizer of ASCII text whose pictures are four zero codes."""
+
+    vocab = VOCAB
+
+    def encode_many(self, records: Sequence[Record], answers_only: bool) -> list[Encoded]:
+        return [self._encode(record, answers_only) for record in records]
+
+    def _encode(self, record: Record, answers_only: bool) -> Encoded:
+        turns = record.messages if isinstance(record, Conversation) else None
+        parts = [(t.document, t.role) for t in turns] if turns else [(record, "assistant")]
+        ids, mask = [VOCAB.bos_id], [False]
+        for document, role in parts:
+            for s in document:
+                more = (
+                    [VOCAB.text_start + ord(c) for c in s.text]
+                    if isinstance(s, Text)
+                    else VOCAB.image.ids_from_codes([0] * 4)
+                )
+                ids += more
+                mask += [role == "assistant" or not answers_only] * len(more)
+        return [*ids, VOCAB.eos_id], [*mask, True]
+
+
+def picture(path: Path, colour: str = "red") -> None:
+    PIL.Image.new("RGB", (4, 4), colour).save(path)
+
+
+def write_jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def make_rows(folder: Path, n: int, first: int = 0, row_len: int = 4) -> Path:
+    """`n` rows of one document; the second token of row i is i + `first`."""
+    folder.mkdir(parents=True)
+    rows = [[([0, i + first, 2], [0, 1, 1])] for i in range(n)]
+    save_manifest(folder, write_rows(rows, folder, row_len, VOCAB))
+    return folder
+
+
+# sources
+
+
+def test_records_are_read_lazily_and_in_order(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", "blue")
+    write_jsonl(
+        tmp_path / "records.jsonl",
+        {"segments": [{"text": "A "}, {"image": "a.png"}]},
+        {"messages": [{"role": "user", "segments": [{"text": "q"}]}]},
+        {"segments": [{"image": "absent.png"}]},
+    )
+    records = read_records(tmp_path)
+    first, second = next(records), next(records)
+    assert isinstance(first, Document)
+    assert first.text == "A "
+    assert first.images[0].getpixel((0, 0)) == (0, 0, 255)
+    assert isinstance(second, Conversation)
+    assert count_records(tmp_path) == count_records(tmp_path / "records.jsonl") == 3
+    with pytest.raises(UserError, match=r"records\.jsonl:3: .*absent\.png"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("{}", '"segments" or "messages"'),
+        ('{"segments": [{"text": 5}]}', '"text" must be a string'),
+        ('{"segments": [{"image": 5}]}', '"image" must be a path'),
+        ('{"segments": [{"txt": "a"}]}', "exactly one of"),
+        ('{"messages": [{"segments": []}]}', "lacks 'role'"),
+        ('{"messages": [{"role": "assistant", "segments": []}]}', "expected 'user'"),
+        ('{"messages": 5}', "not iterable"),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_and_line(
+    line: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"segments": []}\n\n' + line + "\n")
+    records = read_records(file)
+    next(records)
+    with pytest.raises(UserError, match=message) as error:
+        next(records)
+    assert f"{file}:3: " in str(error.value)
+
+
+def test_a_folder_of_captioned_pictures_is_documents_in_both_orders(tmp_path: Path) -> None:
+    for i in range(40):
+        picture(tmp_path / f"p{i:02}.png")
+        (tmp_path / f"p{i:02}.txt").write_text(f"Picture {i}.\n")
+    kinds = [[type(s) for s in record] for record in read_records(tmp_path)]
+    counts = Counter(kind[0] for kind in kinds)
+    assert counts[Text] + counts[Image] == count_records(tmp_path) == 40
+    assert 10 <= counts[Text] <= 30
+    assert kinds == [[type(s) for s in record] for record in read_records(tmp_path)]
+    assert [r.text for r in read_records(tmp_path)] == [f"Picture {i}." for i in range(40)]
+
+
+def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
+    picture(tmp_path / "cat.png")
+    with pytest.raises(UserError, match=r"cat\.png has no caption: write it in cat\.txt"):
+        list(read_records(tmp_path))
+
+
+def test_an_absent_or_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder or file"):
+        read_records(tmp_path / "x")
+    with pytest.raises(UserError, match=r"neither records\.jsonl nor pictures"):
+        next(read_records(tmp_path))
+
+
+# packing
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), max_size=80),
+    row_len=st.integers(20, 50),
+    buffer=st.integers(1, 100),
+)
+@settings(max_examples=100, deadline=None)
+def test_packing_cuts_no_document_and_loses_no_token(
+    lengths: list[int], row_len: int, buffer: int
+) -> None:
+    documents = [([i] * n, [i % 2] * n) for i, n in enumerate(lengths)]
+    rows = list(pack(documents, row_len, buffer))
+    assert all(0 < sum(len(ids) for ids, _ in row) <= row_len for row in rows)
+    assert sorted(d for row in rows for d in row) == sorted(documents)
+    # best fit never leaves two rows of one buffer that would fit in one
+    if len(lengths) < buffer:
+        used = sorted(sum(len(ids) for ids, _ in row) for row in rows)
+        assert len(used) < 2 or used[0] + used[1] > row_len
+
+
+def test_packing_fills_rows_of_ordinary_documents() -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, 5000)
+    rows = list(pack((([1] * n, [1] * n) for n in lengths), 512))
+    assert lengths.sum() / (len(rows) * 512) > 0.98
+
+
+def test_a_document_longer_than_a_row_is_named_with_its_length() -> None:
+    with pytest.raises(UserError, match="Document 2 has 9 tokens, a row 8"):
+        list(pack([([1] * 8, [1] * 8), ([1] * 9, [1] * 9)], 8))
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30))
+@settings(max_examples=25, deadline=None)
+def test_rows_on_disk_give_back_the_documents(
+    lengths: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    documents = [([3 + i] * n, [i % 2] * n) for i, n in enumerate(lengths)]
+    save_manifest(folder, manifest := write_rows(pack(documents, 10), folder, 10, VOCAB))
+    rows = Rows.open(folder)
+    found = []
+    for tokens, ids, mask in zip(rows.tokens, rows.doc_ids, rows.loss_mask, strict=True):
+        assert (tokens[ids == 0] == VOCAB.pad_id).all()
+        assert not mask[ids == 0].any()
+        for d in range(1, ids.max() + 1):
+            found.append((tokens[ids == d].tolist(), mask[ids == d].tolist()))
+    assert sorted(found) == sorted(documents)
+    assert manifest["n_tokens"] == sum(lengths)
+    assert manifest["n_documents"] == len(lengths)
+    assert (rows.tokens.dtype, rows.doc_ids.dtype, rows.loss_mask.dtype) == (
+        np.uint16,
+        np.uint16,
+        np.uint8,
+    )
+
+
+def test_ids_above_sixteen_bits_are_kept(tmp_path: Path) -> None:
+    big = Vocab.compact(n_codes=8, codes_per_item=4, n_text=100_000)
+    manifest = write_rows([[([99_999], [1])]], tmp_path, 2, big)
+    save_manifest(tmp_path, manifest)
+    assert Rows.open(tmp_path).tokens[0, 0] == 99_999
+
+
+def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    folder = make_rows(tmp_path / "rows", 8)
+    file = folder / "tokens.npy"
+    whole = file.read_bytes()
+    for data, message in [
+        (whole[:-9], "tokens.npy cannot be read"),
+        (b"", "tokens.npy cannot be read"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "tokens.npy differs"),
+    ]:
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            Rows.open(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the manifest"):
+        Rows.open(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds no prepared rows"):
+        Rows.open(folder)
+
+
+# preparation
+
+
+def test_preparing_a_folder_gives_rows_and_their_manifest(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    out = tmp_path / "out"
+    manifest = prepare(tmp_path, Letters(), out, row_len=16)
+    rows = Rows.open(out)
+    assert rows.manifest == manifest
+    assert (len(rows), manifest["n_documents"], manifest["n_tokens"]) == (1, 1, 2 + 3 + 6)
+    assert list(tmp_path.glob("out.tmp*")) == []
+    with pytest.raises(UserError, match="exists already"):
+        prepare(tmp_path, Letters(), out, row_len=16)
+
+
+def test_only_answers_are_learned_unless_told_otherwise(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "segments": [{"text": "abc"}]},
+        {"role": "assistant", "segments": [{"text": "de"}]},
+    ]
+    source = write_jsonl(tmp_path / "c.jsonl", {"messages": turns})
+    answers = prepare(source, Letters(), tmp_path / "answers", 8)
+    everything = prepare(source, Letters(), tmp_path / "all", 8, answers_only=False)
+    assert answers["n_learned_tokens"] == 3
+    assert everything["n_learned_tokens"] == 6
+
+
+def test_long_records_are_an_error_or_are_counted(tmp_path: Path) -> None:
+    records = [Document(["a" * n]) for n in (3, 30, 4)]
+    with pytest.raises(UserError, match="Document 2 has 32 tokens"):
+        prepare(records, Letters(), tmp_path / "a", 10)
+    assert list(tmp_path.iterdir()) == []
+    manifest = prepare(records, Letters(), tmp_path / "b", 10, too_long="skip")
+    assert (manifest["n_documents"], manifest["n_skipped"]) == (2, 1)
+    with pytest.raises(UserError, match=r"nothing to prepare \(3 records"):
+        prepare(records, Letters(), tmp_path / "c", 2, too_long="skip")
+
+
+def test_a_failure_midway_leaves_no_folder(tmp_path: Path) -> None:
+    def records() -> Iterator[Document]:
+        yield Document(["a"])
+        raise RuntimeError("the disk went away")
+
+    (tmp_path / "out.tmp-killed").mkdir()
+    with pytest.raises(RuntimeError, match="went away"):
+        prepare(records(), Letters(), tmp_path / "out", 8, batch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_is_encoded_a_batch_at_a_time(tmp_path: Path) -> None:
+    sizes = []
+
+    class Counting(Letters):
+        def encode_many(self, records: Sequence[Record], answers_only: bool) -> list[Encoded]:
+            sizes.append(len(records))
+            return super().encode_many(records, answers_only)
+
+    prepare((Document(["a"]) for _ in range(10)), Counting(), tmp_path / "o", 8, batch=4)
+    assert sizes == [4, 4, 2]
+
+
+# batches
+
+
+def test_a_batch_predicts_the_next_token_of_the_same_document() -> None:
+    batch = make_batch(
+        np.array([[5, 6, 7, 8, 9, 1]], np.uint16),
+        np.array([[1, 1, 1, 2, 2, 0]], np.uint16),
+        np.array([[0, 0, 1, 0, 1, 0]], np.uint8),
+        pad_id=1,
+    )
+    assert batch.inputs.tolist() == [[5, 6, 7, 8, 9, 1]]
+    assert batch.targets.tolist() == [[6, 7, 1, 9, 1, 1]]
+    assert batch.loss_weights.tolist() == [[0, 1, 0, 1, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert batch.doc_ids.tolist() == [[1, 1, 1, 2, 2, 0]]
+    assert batch.n_tokens == 5
+
+
+@given(n=st.integers(1, 300), key=st.text(max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_permuted_is_a_permutation(n: int, key: str) -> None:
+    assert sorted(permuted(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_permutations_differ_between_keys_and_look_random() -> None:
+    a, b = ([permuted(i, 1000, key) for i in range(1000)] for key in "ab")
+    assert sum(x == y for x, y in zip(a, b, strict=True)) < 10
+    assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
+    assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.1
+
+
+def two_streams(tmp_path: Path) -> dict[str, tuple[Path, float]]:
+    small, large = tmp_path / "small", tmp_path / "large"
+    if not small.exists():
+        make_rows(small, 7)
+        make_rows(large, 29, first=100)
+    return {"small": (small, 1.0), "large": (large, 3.0)}
+
+
+def test_no_row_returns_within_a_streams_epoch(tmp_path: Path) -> None:
+    loader = RowLoader(two_streams(tmp_path), 6, seed=3)
+    seen: dict[str, list[int]] = {"small": [], "large": []}
+    for step in range(40):
+        for name, row in loader.sample_ids(step):
+            seen[name].append(row)
+    epochs = []
+    for name, n_rows in (("small", 7), ("large", 29)):
+        for start in range(0, len(seen[name]) - n_rows, n_rows):
+            epochs.append(seen[name][start : start + n_rows])
+            assert sorted(epochs[-1]) == list(range(n_rows))
+    assert epochs[0] != epochs[1]  # each epoch has its own order
+    assert len(seen["large"]) == 3 * len(seen["small"])
+
+
+def test_the_order_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    loader = RowLoader(two_streams(tmp_path), 12, seed=3)
+    for step in (0, 5, 1000):
+        whole = loader.batch(step).inputs.tolist()
+        for world in (2, 3, 4):
+            ranks = [loader.batch(step, rank, world).inputs.tolist() for rank in range(world)]
+            assert [row for rank in ranks for row in rank] == whole
+    with pytest.raises(UserError, match="use 1, 2, 3, 4, 6, 12"):
+        loader.batch(0, 0, 5)
+
+
+def test_any_step_can_be_asked_for_in_any_order(tmp_path: Path) -> None:
+    loader = RowLoader(two_streams(tmp_path), 4, seed=3)
+    forward = [loader.sample_ids(step) for step in range(30)]
+    again = RowLoader(two_streams(tmp_path), 4, seed=3)
+    assert [again.sample_ids(step) for step in reversed(range(30))] == forward[::-1]
+    assert RowLoader(two_streams(tmp_path), 4, seed=4).sample_ids(0) != forward[0]
+
+
+def test_the_order_is_this_one_on_every_machine(tmp_path: Path) -> None:
+    loader = RowLoader(two_streams(tmp_path), 6, seed=0)
+    assert loader.sample_ids(0) == [
+        ("large", 24),
+        ("small", 1),
+        ("large", 19),
+        ("large", 6),
+        ("large", 0),
+        ("small", 6),
+    ]
+
+
+def test_a_change_of_weights_between_stages_repeats_no_row(tmp_path: Path) -> None:
+    streams = two_streams(tmp_path)
+    first = RowLoader(streams, 4, seed=1)
+    seen = [s for step in range(3) for s in first.sample_ids(step)]
+    used = first.rows_used(3)
+    assert used == dict(Counter(name for name, _ in seen))
+    weights = {"small": (streams["small"][0], 1.0), "large": (streams["large"][0], 1.0)}
+    second = RowLoader(weights, 4, seed=1, start=used)
+    seen += [s for step in range(2) for s in second.sample_ids(step)]
+    assert len(set(seen)) == len(seen)
+
+
+def test_streams_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    streams = {"a": (make_rows(tmp_path / "a", 2), 1.0)}
+    streams["b"] = (make_rows(tmp_path / "b", 2, row_len=5), 1.0)
+    with pytest.raises(UserError, match=r"row_len 5, .* with 4"):
+        RowLoader(streams, 2, seed=0)
+
+
+def test_an_id_outside_the_vocabulary_is_refused_at_reading(tmp_path: Path) -> None:
+    loader = RowLoader({"a": (make_rows(tmp_path / "a", 1, first=VOCAB.size), 1.0)}, 1, seed=0)
+    with pytest.raises(UserError, match=f"Row 0 of 'a' holds id {VOCAB.size} of a {VOCAB.size}-id"):
+        loader.batch(0)
+
+
+def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
+    batch = RowLoader(two_streams(tmp_path), 5, seed=0).batch(0)
+    parts = batch.split(2)
+    assert [len(p.inputs) for p in parts] == [2, 2, 1]
+    assert [row for p in parts for row in p.targets.tolist()] == batch.targets.tolist()

@@ -1,0 +1,243 @@
+"""Checkpoints: immutable, verified directories of tensors and JSON. Knows no model and no trainer.
+
+    step-00000100/
+      tensors.safetensors   every tensor, bit for bit
+      meta.json             everything else
+      MANIFEST.json         size and sha256 of the two; written last
+
+A save happens under a temporary name, is synced and then renamed, so that a directory named
+`step-N` is whole however the process ended; the sha256 finds what a disk broke afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openchameleon.errors import UserError
+
+FORMAT = 1
+TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "MANIFEST.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+class NoSpaceError(UserError):
+    """The disk cannot hold the checkpoint; earlier checkpoints are untouched."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], keep: int = 2
+) -> Path:
+    """Writes `folder/step-N` and returns it; then leaves it and the `keep - 1` before it.
+
+    NoSpaceError when the disk is full (nothing is left behind); FileExistsError when a whole
+    checkpoint of this step is already there.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: at least the new checkpoint is kept")
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    if final.exists() and _fault(final) is None:
+        raise FileExistsError(f"{final} is a whole checkpoint already")
+    for stale in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(stale)
+    needed = int(1.2 * sum(t.nbytes for t in tensors.values()))
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise NoSpaceError(_no_space(folder, needed, free))
+    temporary = _temporary_name(final)
+    try:
+        _write(temporary, step, tensors, meta)
+        if final.exists():  # a broken one of the same step makes room
+            _remove(final)
+        temporary.rename(final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_no_space(error):
+            free = shutil.disk_usage(folder).free
+            raise NoSpaceError(_no_space(folder, needed, free)) from error
+        raise
+    _sync_folder(folder)
+    if fault := _fault(final):
+        raise OSError(f"{final} does not read back as written: {fault}")
+    older = [path for number, path in _steps(folder) if number < step]
+    for path in older[keep - 1 :]:
+        _remove(path)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None where there is no checkpoint at all.
+
+    Each broken one passed over is named on standard error. UserError when all are broken:
+    starting from nothing must be the user's decision.
+    """
+    steps = _steps(folder)
+    for _, path in steps:
+        fault = _fault(path)
+        if fault is None:
+            return path
+        print(f"{path}: broken checkpoint passed over: {fault}", file=sys.stderr)
+    if steps:
+        raise UserError(
+            f"None of the {len(steps)} checkpoints in {folder} is whole; "
+            "remove them to start from the beginning."
+        )
+    return None
+
+
+def load_checkpoint(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`(tensors, meta)` as they were saved, on the CPU. UserError names what is broken."""
+    if verify and (fault := _fault(path)):
+        raise UserError(f"{path} is a broken checkpoint: {fault}.")
+    tensors = load_file(path / TENSORS)
+    return tensors, json.loads((path / META).read_text(encoding="utf-8"))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's state as `{prefix}{parameter index}.{name}` tensors, its step among them.
+
+    Hyperparameters are not part of it: they come from the config, the learning rate from the step.
+    """
+    flat: dict[str, Tensor] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"optimizer state {name!r} is a {type(value).__name__}")
+            flat[f"{prefix}{index}.{name}"] = value
+    return flat
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """The inverse of `flatten_optimizer`, into an optimizer over the same parameters."""
+    n_params = sum(len(group["params"]) for group in optimizer.param_groups)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            index, _, name = key.removeprefix(prefix).partition(".")
+            if int(index) >= n_params:
+                raise ValueError(f"{key}: the optimizer has {n_params} parameters")
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Writes and syncs the three files, the manifest last."""
+    folder.mkdir()
+    (folder / META).write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
+    save_file(_own_storage(tensors), folder / TENSORS)
+    # safetensors creates 0600; the umask, which meta.json followed, is the user's wish
+    (folder / TENSORS).chmod((folder / META).stat().st_mode)
+    files = {}
+    for name in (TENSORS, META):
+        _sync_file(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync_file(folder / MANIFEST)
+    _sync_folder(folder)
+
+
+def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors of which no two share memory, as safetensors requires (tied weights do)."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        storage = host.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != host.nbytes:
+            host = host.clone()
+        seen.add(host.untyped_storage().data_ptr())
+        out[name] = host
+    return out
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, naming the file; None if it verifies."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        expected = {n: (manifest["files"][n]["bytes"], manifest["files"][n]["sha256"])
+                    for n in (TENSORS, META)}  # fmt: skip
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not a manifest"
+    for name, (size, sha256) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+        if _sha256(file) != sha256:
+            return f"{name} differs from what was written (sha256)"
+    return None
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """`(step, path)` of each checkpoint directory, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(m, path) for path in folder.iterdir() if (m := _STEP_NAME.fullmatch(path.name))]
+    return sorted(((int(m[1]), path) for m, path in found), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint so that a kill on the way leaves no half of one under its name."""
+    shutil.rmtree(path.rename(_temporary_name(path)))
+
+
+def _temporary_name(final: Path) -> Path:
+    return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
+def _is_no_space(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    # safetensors wraps the system's error in its own, as text
+    return isinstance(error, SafetensorError) and any(
+        os.strerror(code) in str(error) for code in _NO_SPACE
+    )
+
+
+def _no_space(folder: Path, needed: int, free: int) -> str:
+    return (
+        f"No space to save a checkpoint in {folder}: needed {needed / 1e6:.1f} MB, "
+        f"had {free / 1e6:.1f} MB; the checkpoints before it are intact."
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

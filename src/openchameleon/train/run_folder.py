@@ -1,0 +1,112 @@
+"""A run's folder: whose it is, who writes to it now, and what asks its process to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openchameleon.errors import UserError
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Writes down what the run is, as JSON data; UserError where the folder holds another."""
+    path = folder / "run.json"
+    if not path.exists():
+        temporary = path.with_name("run.json.tmp")
+        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    elif changes := differences(json.loads(path.read_text(encoding="utf-8")), identity):
+        raise UserError(
+            f"{folder} holds a run of another config: {'; '.join(changes)}. "
+            "Give back these values, or name a new folder."
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`"a.b was 1, is 2"` for each value that differs in nested JSON data."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of a result depend on besides the config."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder against a second trainer; UserError says who holds it.
+
+    The system drops the lock of a process that ends in any way, so that none is ever stale.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise UserError(f"{folder} is being trained by {holder}; wait for its end.") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that receives the name of the first SIGINT or SIGTERM; the second one acts as ever."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can have handlers
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        print("finishing this step, then saving; once more stops at once", file=sys.stderr)
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()

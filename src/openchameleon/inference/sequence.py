@@ -1,0 +1,97 @@
+"""What passes through the engine: a request, the sequence it becomes, and its completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from openchameleon.inference.params import ModalityParams, SamplingParams
+
+FinishReason = Literal["stop", "length", "nonfinite_logits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, ids in and bos included, and what is wished of its answer."""
+
+    token_ids: Ids[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The new ids, without the prompt and without the closing eos, and why they end.
+
+    "stop": the model wrote eos. "length": no room was left, in max_tokens or in the context, for
+    what would have had to come next. "nonfinite_logits": the model's output was not finite; only
+    then may the last item be incomplete.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """Ids the model reads in one row of the cache; the row's length says how many it has read."""
+
+    token_ids: list[int]
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request under way. `state` is its row of modality state (see modality.py)."""
+
+    params: SamplingParams
+    prompt: list[int]
+    state: list[int]
+    full: Stream = field(init=False)
+    guidance: list[Stream] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.full = Stream(list(self.prompt))
+        self.generator = generator_for(self.params)
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.full.token_ids[len(self.prompt) :]
+
+    @property
+    def drawing_from(self) -> int:
+        """Index of the code range whose codes come next, or -1."""
+        open_range, codes_left = self.state[:2]
+        return open_range if codes_left else -1
+
+    @property
+    def modality(self) -> ModalityParams:
+        return self.params.text if self.drawing_from < 0 else self.params.image
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the cache it may come to need."""
+        return 1 if self.params.guidance is None or self.params.mode == "text" else 3
+
+    def append(self, token_id: int) -> None:
+        for stream in (self.full, *self.guidance):
+            stream.token_ids.append(token_id)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None, "a completion was asked of an unfinished sequence"
+        return Completion(self.new_ids, self.finish_reason)
+
+
+def generator_for(params: SamplingParams) -> torch.Generator | None:
+    """The request's own randomness, on the CPU; None where nothing is drawn (greedy throughout)."""
+    if params.text.temperature == 0 and params.image.temperature == 0:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(params.seed)

@@ -1,0 +1,288 @@
+"""Chameleon: a model folder as one object; documents in, documents out.
+
+Everything is a part of its own (`model`, `tokenizer`, `engine`); this file loads them together,
+hands a prompt from one to the next, and holds the model to the outputs its folder allows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+from safetensors.torch import load_file
+
+from openchameleon.config import to_dict
+from openchameleon.document import Conversation, Document, Text
+from openchameleon.errors import UserError
+from openchameleon.inference.engine import Engine
+from openchameleon.inference.params import Mode, SamplingParams
+from openchameleon.inference.sequence import FinishReason, Request
+from openchameleon.model.transformer import Transformer
+from openchameleon.model_folder import (
+    CONFIG,
+    IMAGE_TOKENIZER,
+    WEIGHTS,
+    FolderConfig,
+    find_model,
+    named_dtype,
+    read_config,
+    read_model,
+    save_weights,
+)
+from openchameleon.model_folder import embedded_models as embedded_models
+from openchameleon.tokenizer.image import ImageTokenizer
+from openchameleon.tokenizer.mixed import Event, MixedTokenizer, StreamDecoder
+from openchameleon.tokenizer.text import load_text_tokenizer
+
+Prompt = str | Document | Conversation
+"""What a model continues: one user turn (text alone, or text and pictures), or a conversation."""
+
+
+class Wishes(TypedDict, total=False):
+    """What a call may change in a model's own sampling; None leaves it.
+
+    mode: "interleaved" lets the model choose, "text" writes no picture, "image" writes a picture
+    and nothing else. seed: the same seed gives the same answer. max_tokens: new ids at most.
+    temperature, top_p, top_k: of text and pictures alike. guidance: how much more a picture
+    follows the words than it would by itself.
+    """
+
+    mode: Mode | None
+    seed: int | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    guidance: float | None
+
+
+class Chameleon:
+    """A mixed-modal model with its tokenizers, ready to generate.
+
+    `model(token_ids)`, with int64 (B, T), gives float32 logits (B, T, V). `tokenizer.encode` and
+    `.decode` go between documents and ids. `engine` generates ids from ids.
+    """
+
+    def __init__(self, config: FolderConfig, model: Transformer, tokenizer: MixedTokenizer) -> None:
+        self.config = config
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.engine = Engine(self.model, config.vocab)
+        self.device = model.output_weight.device
+
+    @staticmethod
+    def from_pretrained(
+        name_or_folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Chameleon:
+        """Loads an embedded model by its name, or a model folder.
+
+        device: by default the GPU where there is one. dtype: of the transformer, such as
+        "bfloat16"; by default float32 on a CPU and what the file holds elsewhere.
+        UserError says what was looked for, or which file is missing or damaged.
+        """
+        folder = find_model(str(name_or_folder))
+        config = read_config(folder)
+        place = _device(device)
+        text = load_text_tokenizer(folder / config.text_tokenizer)
+        image = None
+        with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
+            model = read_model(folder, config.model, place, _dtype(dtype, place))
+            if (folder / IMAGE_TOKENIZER).is_dir():
+                image = ImageTokenizer.load(folder / IMAGE_TOKENIZER, place)
+        return Chameleon(config, model, MixedTokenizer(config.vocab, text, image))
+
+    def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
+        """Writes the model folder, whole or not at all; a model folder that is there is replaced.
+
+        dtype: of all weights in the files, such as "bfloat16"; by default as they are.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / CONFIG).is_file() and not _is_empty(folder):
+            raise UserError(f"{folder} holds other things than a model; name another folder.")
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        try:
+            self._write(temporary, None if dtype is None else named_dtype(dtype))
+            if folder.exists():
+                aside = folder.with_name(f"{temporary.name}-old")
+                folder.rename(aside)
+                temporary.rename(folder)
+                shutil.rmtree(aside)
+            else:
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> Document:
+        """The model's answer to `prompt`, which is one user turn or a conversation.
+
+        raw: the prompt is continued as a document, not answered as a turn. params: replaces the
+        model's own sampling; `wishes`: changes to single values of it, see `Wishes`.
+        UserError if the prompt is empty or too long, a value is out of range, or the mode is one
+        that the model must not write.
+        """
+        return self.generate_many([prompt], raw=raw, params=params, **wishes)[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> list[Document]:
+        """`generate` for each prompt, in one batch; with a seed, prompt i has `seed + i`."""
+        completions = self.complete_many(prompts, raw=raw, params=params, **wishes)
+        return [self.tokenizer.decode(token_ids) for token_ids in completions]
+
+    def complete_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> list[list[int]]:
+        """`generate_many` before decoding: the new token ids of each answer, its end included."""
+        sampling = _sampling(params or self.config.sampling, wishes)
+        requests = []
+        for i, prompt in enumerate(prompts):
+            seed = None if sampling.seed is None else sampling.seed + i
+            requests.append(self._request(prompt, raw, replace(sampling, seed=seed)))
+        completions = self.engine.generate(requests)
+        for completion in completions:
+            _require_finite(completion.finish_reason)
+        return [list(completion.token_ids) for completion in completions]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> Iterator[Event]:
+        """`generate` as it happens: `TextDelta`, `ImageProgress` and `ImageDone`, in order.
+
+        A wrong prompt is refused here, before the first piece is asked for.
+        """
+        sampling = _sampling(params or self.config.sampling, wishes)
+        return self._events(self.engine.stream(self._request(prompt, raw, sampling)))
+
+    def _events(self, token_ids: Generator[int, None, FinishReason]) -> Iterator[Event]:
+        decoder = StreamDecoder(self.tokenizer)
+        while True:
+            try:
+                token_id = next(token_ids)
+            except StopIteration as end:
+                _require_finite(end.value)
+                break
+            yield from decoder.push(token_id)
+        yield from decoder.finish()
+
+    def _request(self, prompt: Prompt, raw: bool, sampling: SamplingParams) -> Request:
+        """The engine's request for a prompt, after everything that could be wrong with it."""
+        mode = self._allowed(sampling.mode)
+        ids = self.tokenizer.render_prompt(_record(prompt, raw))
+        context = self.config.model.max_seq_len
+        if len(ids) >= context:
+            raise UserError(
+                f"The prompt is too long: it takes {len(ids)} tokens and the model holds {context},"
+                " its answer included; shorten it or leave pictures out."
+            )
+        room = min(context - len(ids), sampling.max_tokens or context)
+        if mode == "image" and room <= self.config.vocab.image.item_len:
+            raise UserError(
+                f"There is no room for a picture: it takes {self.config.vocab.image.item_len + 1}"
+                f" tokens and {room} may be written; shorten the prompt or allow more tokens."
+            )
+        return Request(ids, replace(sampling, mode=mode))
+
+    def _allowed(self, mode: Mode) -> Mode:
+        """`mode`, narrowed to what the model may write. UserError if nothing is left of it."""
+        outputs = self.config.outputs
+        if mode == "interleaved" and len(outputs) == 1:
+            return outputs[0]
+        if mode != "interleaved" and mode not in outputs:
+            raise UserError(
+                f"The model {self.config.name!r} writes {outputs[0]} only, so mode {mode!r}"
+                " cannot be used with it."
+            )
+        return mode
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        config = to_dict(self.config)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_weights(self.model.state_dict(), folder / WEIGHTS, dtype)
+        self.tokenizer.text.save(folder / self.config.text_tokenizer)
+        if self.tokenizer.image is not None:
+            self.tokenizer.image.save(folder / IMAGE_TOKENIZER)
+            weights = load_file(folder / IMAGE_TOKENIZER / WEIGHTS)
+            save_weights(weights, folder / IMAGE_TOKENIZER / WEIGHTS, dtype)
+
+
+def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:
+    """`base` with what the caller wishes; what is None or absent stays. UserError: out of range."""
+    given = {key: value for key, value in wishes.items() if value is not None}
+    own = {key: given.pop(key) for key in ("temperature", "top_p", "top_k") if key in given}
+    if "guidance" in given:
+        given["guidance_text"] = given.pop("guidance")
+    try:
+        modalities = {name: replace(getattr(base, name), **own) for name in ("text", "image")}
+        return replace(base, **modalities, **given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+
+
+def _require_finite(reason: FinishReason) -> None:
+    if reason == "nonfinite_logits":
+        raise UserError(
+            "The model computed numbers that are not finite: its weights are damaged, or the dtype"
+            " is too narrow for them."
+        )
+
+
+def _record(prompt: Prompt, raw: bool) -> Document | Conversation:
+    """What the tokenizer is to render: a document to continue, or turns to answer."""
+    if isinstance(prompt, Conversation):
+        if raw:
+            raise UserError("A conversation cannot be continued raw; give one document.")
+        if not prompt.messages or prompt.messages[-1].role != "user":
+            raise UserError("There is nothing to answer: the last turn must be the user's.")
+        return prompt
+    document = Document([Text(prompt)]) if isinstance(prompt, str) else prompt
+    if not document.images and not document.text.strip():
+        raise UserError("The prompt is empty: give some text or a picture.")
+    return document if raw else Conversation.ask(document)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The type to run in; None keeps the file's. CPUs run float32: half types are slower there."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    return named_dtype(dtype)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

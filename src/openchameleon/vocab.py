@@ -8,6 +8,7 @@ Nothing here knows pixels or spelling. A *code range* is a run of ids that a cod
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -32,7 +33,7 @@ class CodeRange:
         return self.codes_per_item + 2
 
     def ids_from_codes(self, codes: list[int]) -> list[int]:
-        """Codes (0 .. count-1) -> the item's ids, begin and end included. ValueError if not an item."""
+        """Codes (0 .. count-1) -> ids, begin and end included. ValueError if not one item."""
         if len(codes) != self.codes_per_item:
             raise ValueError(f"{self.name}: {len(codes)} codes, an item has {self.codes_per_item}")
         if codes and not (min(codes) >= 0 and max(codes) < self.count):
@@ -40,7 +41,7 @@ class CodeRange:
         return [self.begin_id, *(self.first_id + code for code in codes), self.end_id]
 
     def codes_from_ids(self, token_ids: list[int]) -> list[int]:
-        """The ids between begin and end -> codes. ValueError if an id is not of this range."""
+        """The ids between begin and end -> codes. ValueError for an id of another range."""
         if token_ids and not (min(token_ids) >= self.first_id and max(token_ids) < self.stop_id):
             raise ValueError(f"{self.name}: an id is outside {self.first_id}..{self.stop_id - 1}")
         return [i - self.first_id for i in token_ids]
@@ -48,7 +49,7 @@ class CodeRange:
 
 @dataclass(frozen=True, slots=True)
 class Vocab:
-    """The layout of an id space of `size` ids. Ids named nowhere are reserved and never produced."""
+    """The layout of `size` ids. Ids named nowhere are reserved and never produced."""
 
     size: int
     text_start: int
@@ -77,7 +78,7 @@ class Vocab:
             [(self.text_start, self.text_stop, "text")]
             + [(r.first_id, r.stop_id, r.name) for r in self.code_ranges]
         )
-        for (_, stop, a), (start, _, b) in zip(spans, spans[1:], strict=False):
+        for (_, stop, a), (start, _, b) in pairwise(spans):
             if stop > start:
                 raise ValueError(f"the ids of {a} and {b} overlap")
         for start, stop, name in spans:
@@ -110,7 +111,7 @@ class Vocab:
 
     @staticmethod
     def published() -> Vocab:
-        """The layout of the released 65,536-id vocabulary (facts: codes 4..8195, 8196, 8197, 8710)."""
+        """The released vocabulary: 65,536 ids, codes 4..8195, end 8196, begin 8197, turn 8710."""
         image = CodeRange("image", begin_id=8197, end_id=8196, first_id=4, count=8192,
                           codes_per_item=1024)  # fmt: skip
         return Vocab(65536, text_start=16384, text_stop=65536, code_ranges=(image,), eot_id=8710)

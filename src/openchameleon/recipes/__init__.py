@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from openchameleon.recipes.config import Recipe
 
-RECIPES = ("nano",)
+RECIPES = ("nano", "small")
 """The recipes shipped with the package, by name; each is the module of that name."""
 
 

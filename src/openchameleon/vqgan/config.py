@@ -75,14 +75,13 @@ PRESETS: dict[str, VQConfig] = {
         mid_attention=False,
     ),
     "small": VQConfig(
-        ch=256,
+        ch=512,
         ch_mult=(1,),
-        z_channels=64,
-        embed_dim=64,
-        n_embed=4096,
+        n_res_blocks=1,
         resolution=128,
         stem=16,
         encoder_kernel=1,
+        decoder_kernel=1,
         mid_attention=False,
     ),
 }

@@ -1,0 +1,62 @@
+"""What a recipe is: one frozen config for everything from nothing to a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from openchameleon.inference.params import SamplingParams
+from openchameleon.model.config import ModelConfig
+from openchameleon.train.loop import TrainConfig
+from openchameleon.train.optim import OptimConfig
+from openchameleon.train.vq_step import VQTrainConfig
+from openchameleon.vqgan.config import VQConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The BPE: `n_text` text ids (256 bytes included), learned from `n_samples` samples."""
+
+    n_text: int
+    n_samples: int = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """One run of the transformer over `n_shards` shards of `shard_size` samples of a mixture.
+
+    answers_only: of a conversation only the assistant's turns are learned.
+    mixture: weights of the world's tasks; unused with a data folder of one's own.
+    """
+
+    train: TrainConfig
+    optim: OptimConfig
+    mixture: dict[str, float]
+    n_shards: int
+    shard_size: int
+    answers_only: bool = True
+    foreign_share: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole training, tokenizers included.
+
+    world: the preset that samples come from; `data`: a folder of records or of captioned pictures
+    used in its place, for both stages. foreign_pictures: share of the image tokenizer's pictures
+    drawn by other means. row_len: tokens in a packed row.
+    """
+
+    name: str
+    world: str
+    text: TextConfig
+    vq: VQConfig
+    vq_train: VQTrainConfig
+    model: ModelConfig
+    pretrain: StageConfig
+    tune: StageConfig
+    row_len: int
+    seed: int = 0
+    data: str | None = None
+    foreign_pictures: float = 0.2
+    workers: int = 2
+    sampling: SamplingParams = field(default_factory=SamplingParams)

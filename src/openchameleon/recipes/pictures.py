@@ -1,0 +1,122 @@
+"""Where a recipe's pictures, texts and samples come from: the world, or a folder of one's own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from openchameleon.data.sources import read_records
+from openchameleon.document import Document, Record, Text
+from openchameleon.errors import UserError
+from openchameleon.recipes.config import Recipe, StageConfig
+from openchameleon.tokenizer.image import ImageTokenizer
+from openchameleon.train.image_tokenizer import Pictures
+from openchameleon.vqgan.model import VQModel
+from openchameleon.world.atlas import PRESETS
+from openchameleon.world.foreign import render_foreign
+from openchameleon.world.render import render
+from openchameleon.world.sample import all_texts, sample_records, write_samples
+from openchameleon.world.splits import dense_scene
+
+NAME_REPEATS = 60
+
+
+def picture_source(recipe: Recipe) -> Pictures:
+    """What the image tokenizer learns from: a pure function (step, batch size) -> uint8 batch."""
+    return _folder_pictures(recipe) if recipe.data else _world_pictures(recipe)
+
+
+def _world_pictures(recipe: Recipe) -> Pictures:
+    preset = PRESETS[recipe.world]
+
+    def batch(step: int, batch_size: int) -> Tensor:
+        images = []
+        for index in range(step * batch_size, (step + 1) * batch_size):
+            scene, rng = dense_scene(index, preset), Random(f"{recipe.seed}/{index}")
+            foreign = rng.random() < recipe.foreign_pictures
+            picture = render_foreign(scene, preset, rng) if foreign else render(scene, preset)
+            images.append(np.asarray(picture))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    return batch
+
+
+def _folder_pictures(recipe: Recipe) -> Pictures:
+    assert recipe.data is not None
+    fit = ImageTokenizer(VQModel(recipe.vq), recipe.vq).preprocess
+    records = read_records(Path(recipe.data))
+    pictures = [fit(pil) for record in records for pil in _images(record)]
+    if not pictures:
+        raise UserError(f"{recipe.data} holds no pictures to train an image tokenizer on.")
+    stack = torch.stack([((p + 1) * 127.5).round().to(torch.uint8) for p in pictures])
+
+    def batch(step: int, batch_size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        return stack[torch.randint(len(stack), (batch_size,), generator=generator)]
+
+    return batch
+
+
+def foreground(pictures: Tensor) -> Tensor:
+    """(B, 3, P, P) uint8 -> (B, 1, P, P): 1 where a pixel is not of the picture's main colour.
+
+    The main colour is the median of the border: most of a picture is background, and all that
+    matters is not.
+    """
+    border = torch.cat(
+        [pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], dim=-1
+    )
+    main = border.float().median(dim=-1).values[..., None, None]
+    return ((pictures.float() - main).abs().amax(1, keepdim=True) > 12).float()
+
+
+def texts(recipe: Recipe) -> Iterator[str]:
+    """The texts that the BPE learns from."""
+    if recipe.data:
+        for record in read_records(Path(recipe.data)):
+            yield from _texts(record)
+        return
+    preset = PRESETS[recipe.world]
+    # Names alone as well, often: a name should be one piece, whatever stands before it.
+    for name in preset.emoji:
+        yield from [name, f" {name}"] * NAME_REPEATS
+    yield from all_texts(preset, recipe.text.n_samples, recipe.seed)
+
+
+def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folder: Path) -> None:
+    """One shard of a stage's samples, as `world sample` writes them; begun anew if half there."""
+    if (folder / "index.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    preset = PRESETS[recipe.world]
+    seed = (recipe.seed * 2 + (name == "tune")) * 4096 + shard
+    samples = sample_records(
+        preset,
+        "train",
+        stage.mixture,
+        stage.shard_size,
+        seed,
+        foreign_share=stage.foreign_share,
+    )
+    write_samples(folder, samples, stage.shard_size, preset)
+
+
+def _documents(record: Record) -> list[Document]:
+    if isinstance(record, Document):
+        return [record]
+    return [message.document for message in record.messages]
+
+
+def _images(record: Record) -> list[PIL.Image.Image]:
+    return [pil for document in _documents(record) for pil in document.images]
+
+
+def _texts(record: Record) -> list[str]:
+    return [s.text for d in _documents(record) for s in d if isinstance(s, Text)]

@@ -1,0 +1,228 @@
+"""A recipe's stages: BPE, image tokenizer, prepare, pretrain, tune, then the model folder.
+
+Each stage writes one folder or file of the run and marks it with the hash of what made it: a
+stage whose mark is right is skipped, so the same command goes on wherever it was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from openchameleon.config import config_hash, to_dict
+from openchameleon.data.loader import RowLoader
+from openchameleon.data.prepare import prepare
+from openchameleon.errors import UserError
+from openchameleon.evaluation.world import quick_scores
+from openchameleon.model.config import ModelConfig
+from openchameleon.model.transformer import Transformer
+from openchameleon.pipeline import Chameleon, FolderConfig
+from openchameleon.progress import track
+from openchameleon.recipes import pictures
+from openchameleon.recipes.config import Recipe, StageConfig
+from openchameleon.tokenizer.image import ImageTokenizer
+from openchameleon.tokenizer.mixed import MixedTokenizer
+from openchameleon.tokenizer.text import load_text_tokenizer, train_text_tokenizer
+from openchameleon.train.checkpoint import load_checkpoint
+from openchameleon.train.image_tokenizer import run_hash, train_image_tokenizer
+from openchameleon.train.loop import fit
+from openchameleon.train.metrics import plot_metrics
+from openchameleon.vocab import Vocab
+
+TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
+
+
+def run_recipe(recipe: Recipe, out: Path) -> Path:
+    """Runs what is not done yet of `recipe` in the folder `out`; returns the model folder.
+
+    UserError where `out` holds the stages of another config.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+    source = (recipe.world, recipe.data, recipe.seed)
+    text = config_hash(recipe.text, recipe.vq.n_embed, recipe.vq.n_codes_per_image, *source)
+    image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
+    _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
+    _stage(out / IMAGE, image, lambda: train_image(recipe, out))
+    before: Path | None = None
+    for name, stage in (("pretrain", recipe.pretrain), ("tune", recipe.tune)):
+        rows = prepare_rows(recipe, name, stage, out, config_hash(text, image, recipe.row_len))
+        before = train_stage(recipe, name, stage, out, rows, before)
+    assert before is not None
+    tokenizer = load_tokenizer(recipe, out)
+    model = Transformer(model_config(recipe))
+    load_weights(model, before)
+    config = FolderConfig(
+        recipe.name, vocab_of(recipe), model_config(recipe), sampling=recipe.sampling
+    )
+    Chameleon(config, model, tokenizer).save(out / MODEL, dtype="bfloat16")
+    return out / MODEL
+
+
+def device() -> str:
+    """Where the training runs: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def vocab_of(recipe: Recipe) -> Vocab:
+    """The id space that the two tokenizers share."""
+    return Vocab.compact(recipe.vq.n_embed, recipe.vq.n_codes_per_image, recipe.text.n_text)
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """The recipe's model with the size of its vocabulary filled in."""
+    return replace(recipe.model, vocab_size=vocab_of(recipe).size)
+
+
+def train_text(recipe: Recipe, path: Path) -> None:
+    """Trains the BPE on the texts of the source."""
+    texts = pictures.texts(recipe)
+    vq = recipe.vq
+    train_text_tokenizer(texts, recipe.text.n_text, vq.n_embed, vq.n_codes_per_image).save(path)
+
+
+def train_image(recipe: Recipe, out: Path) -> None:
+    """Trains the image tokenizer, going on from its last checkpoint."""
+    model = train_image_tokenizer(
+        recipe.vq,
+        recipe.vq_train,
+        pictures.picture_source(recipe),
+        pictures.foreground,
+        out / "runs" / IMAGE,
+        device(),
+    )
+    ImageTokenizer(model, recipe.vq).save(out / IMAGE)
+
+
+def load_tokenizer(recipe: Recipe, out: Path) -> MixedTokenizer:
+    """Both tokenizers of a run, as one."""
+    text, image = load_text_tokenizer(out / TEXT), ImageTokenizer.load(out / IMAGE)
+    return MixedTokenizer(vocab_of(recipe), text, image)
+
+
+def prepare_rows(
+    recipe: Recipe, name: str, stage: StageConfig, out: Path, tokenizers: str
+) -> list[Path]:
+    """Packed rows of the stage's data, shard by shard in `workers` processes."""
+    data = (stage.mixture, stage.shard_size, stage.answers_only, stage.foreign_share)
+    mark = config_hash(tokenizers, name, recipe.world, recipe.data, recipe.seed, *data)
+    n_shards = 1 if recipe.data else stage.n_shards
+    jobs = [(recipe, name, stage, out, mark, shard, n_shards) for shard in range(n_shards)]
+    if recipe.workers > 1 and n_shards > 1:
+        # Not forked: torch's threads do not survive a fork.
+        with get_context("spawn").Pool(recipe.workers) as pool:
+            done = pool.imap(_prepare_shard, jobs)
+            return list(track(done, f"prepare {name}", n_shards, "shards"))
+    return [prepare_shard(*job) for job in jobs]
+
+
+def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int, int]) -> Path:
+    """`prepare_shard` in a worker: its processes share the cores, one thread each."""
+    torch.set_num_threads(1)
+    return prepare_shard(*job)
+
+
+def prepare_shard(
+    recipe: Recipe, name: str, stage: StageConfig, out: Path, mark: str, shard: int, n_shards: int
+) -> Path:
+    """Samples one shard into a folder of records and pictures, and packs it into rows."""
+    rows = out / "rows" / f"{name}-{shard:03}"
+    if _is_done(rows, mark):
+        return rows
+    shutil.rmtree(rows, ignore_errors=True)  # whole, but not marked: of a run that was cut off
+    source = Path(recipe.data) if recipe.data else out / "samples" / f"{name}-{shard:03}"
+    if not recipe.data:
+        pictures.write_shard(recipe, name, stage, shard, source)
+    tokenizer = load_tokenizer(recipe, out)
+    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only)
+    _mark_of(rows).write_text(mark)
+    return rows
+
+
+def train_stage(
+    recipe: Recipe, name: str, stage: StageConfig, out: Path, rows: list[Path], before: Path | None
+) -> Path:
+    """Trains the transformer for one stage; returns its last checkpoint."""
+    config = model_config(recipe)
+    model = Transformer(config)
+    if before is None:
+        model.init_weights(recipe.seed)
+    else:
+        load_weights(model, before)
+    streams = {path.name: (path, 1.0) for path in rows}
+    loader = RowLoader(streams, stage.train.batch_size, stage.train.seed)
+    is_code = torch.zeros(config.vocab_size, dtype=torch.bool)
+    image = vocab_of(recipe).image
+    is_code[image.first_id : image.stop_id] = True
+    run = out / "runs" / name
+    checkpoint = fit(
+        model.to(device()),
+        loader,
+        stage.train,
+        stage.optim,
+        run,
+        is_code=is_code,
+        hooks=_hooks(recipe, out) if stage.train.eval_every else {},
+    )
+    plot_metrics(run / "metrics.jsonl", run / "curves.png")
+    return checkpoint
+
+
+def _hooks(recipe: Recipe, out: Path) -> dict[str, Callable[[Transformer, int], dict[str, float]]]:
+    """Scores on a few fresh scenes while training; none with a data folder of one's own."""
+    if recipe.data:
+        return {}
+    tokenizer = load_tokenizer(recipe, out)
+    config = FolderConfig(
+        recipe.name, vocab_of(recipe), model_config(recipe), sampling=recipe.sampling
+    )
+
+    def score(model: Transformer, step: int) -> dict[str, float]:
+        return quick_scores(Chameleon(config, model, tokenizer), recipe.world)
+
+    return {"world": score}
+
+
+def load_weights(model: Transformer, checkpoint: Path) -> None:
+    """The weights alone of a run's checkpoint, its optimizer left behind."""
+    tensors, _ = load_checkpoint(checkpoint)
+    prefix = "model/"
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
+
+
+def _mark_of(path: Path) -> Path:
+    return path.with_name(path.name + ".made-by")
+
+
+def _is_done(path: Path, mark: str) -> bool:
+    """Whether the stage's output is there. UserError if another config made it."""
+    file = _mark_of(path)
+    if not file.exists():
+        return False
+    if file.read_text() != mark:
+        raise UserError(
+            f"{path} was made with another config; remove it to make it again, or give another "
+            "--out."
+        )
+    return True
+
+
+def _stage(path: Path, mark: str, make: Callable[[], object]) -> None:
+    """Makes `path` unless it is made; says so."""
+    if _is_done(path, mark):
+        print(f"{path}: done before", file=sys.stderr)
+        return
+    start = time.monotonic()
+    make()
+    _mark_of(path).write_text(mark)
+    print(f"{path}: done in {time.monotonic() - start:.0f} s", file=sys.stderr)

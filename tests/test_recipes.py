@@ -1,0 +1,149 @@
+"""Recipes: from nothing to a model folder, in stages that are skipped or go on when run again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from openchameleon.config import config_hash, from_dict, override, to_dict
+from openchameleon.errors import UserError
+from openchameleon.recipes import RECIPES, load_recipe, run_recipe, stages
+from openchameleon.recipes.config import Recipe, StageConfig, TextConfig
+from openchameleon.train.loop import TrainConfig
+from openchameleon.train.optim import OptimConfig
+from openchameleon.train.vq_step import VQTrainConfig
+from openchameleon.vqgan.config import VQConfig
+
+
+def tiny(data: str | None = None) -> Recipe:
+    """Everything the real recipe has, of a size that trains in seconds (to no use)."""
+    nano = load_recipe("nano")
+    stage = StageConfig(
+        train=TrainConfig(steps=2, batch_size=2, log_every=1, save_every=1),
+        optim=OptimConfig(warmup_steps=1),
+        mixture={"draw": 1.0, "question": 1.0},
+        n_shards=1,
+        shard_size=12,
+    )
+    return replace(
+        nano,
+        name="tiny",
+        text=TextConfig(n_text=330, n_samples=60),
+        vq=VQConfig(
+            ch=8, ch_mult=(1,), n_res_blocks=1, z_channels=4, embed_dim=4, n_embed=16,
+            resolution=96, stem=32, encoder_kernel=1, decoder_kernel=1, mid_attention=False,
+        ),
+        vq_train=VQTrainConfig(
+            steps=2, batch_size=4, warmup=1, autoencoder_warmup_steps=1, kmeans_samples=32,
+            kmeans_iters=1, perceptual="none", save_every=1, log_every=1,
+        ),
+        model=replace(nano.model, dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=32),
+        pretrain=stage,
+        tune=stage,
+        row_len=512,
+        data=data,
+        workers=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Path]:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    recipe = tiny()
+    return recipe, out, run_recipe(recipe, out)
+
+
+def test_a_recipe_ends_in_a_model_that_answers(run: tuple[Recipe, Path, Path]) -> None:
+    from openchameleon.pipeline import Chameleon
+
+    model = Chameleon.from_pretrained(run[2])
+    answer = model.generate("Draw a cat.", mode="image", seed=0)
+    assert [p.size for p in answer.images] == [(96, 96)]
+
+
+def test_finished_stages_are_skipped(
+    run: tuple[Recipe, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out, model = run
+    weights = (model / "model.safetensors").read_bytes()
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("a finished stage ran again")
+
+    for name in ("train_text", "train_image", "prepare"):
+        monkeypatch.setattr(stages, name, again)
+    assert run_recipe(recipe, out) == model
+    assert (model / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_cut_between_stages_goes_on_to_the_same_weights(
+    run: tuple[Recipe, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _, model = run
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_stage", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "tiny")
+    resumed = run_recipe(recipe, tmp_path / "tiny")
+    for file in ("model.safetensors", "tokenizer.model", "image_tokenizer/model.safetensors"):
+        assert (resumed / file).read_bytes() == (model / file).read_bytes(), file
+
+
+def test_a_folder_of_another_config_is_refused(run: tuple[Recipe, Path, Path]) -> None:
+    recipe, out, _ = run
+    with pytest.raises(UserError, match="another config"):
+        run_recipe(replace(recipe, seed=1), out)
+
+
+def test_a_users_captioned_pictures_train_with_the_same_command(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(8):
+        PIL.Image.new("RGB", (120, 100), (30 * i, 90, 10)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"A plain picture, number {i}, of one colour.")
+    recipe = replace(tiny(str(folder)), text=TextConfig(n_text=290))
+    model = run_recipe(recipe, tmp_path / "out")
+    assert json.loads((model / "config.json").read_text())["name"] == "tiny"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_round_trip_through_json(name: str) -> None:
+    recipe = load_recipe(name)
+    assert from_dict(Recipe, to_dict(recipe)) == recipe
+    assert config_hash(recipe) == config_hash(from_dict(Recipe, to_dict(recipe)))
+
+
+def test_an_override_changes_one_value() -> None:
+    changed = override(load_recipe("nano"), ["pretrain.train.steps=7", "vq_train.lr=0.5"])
+    assert (changed.pretrain.train.steps, changed.vq_train.lr) == (7, 0.5)
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"pretrain.train.stesp.*Did you mean 'steps'"):
+        override(load_recipe("nano"), ["pretrain.train.stesp=7"])
+
+
+def test_recipe_files_load(tmp_path: Path) -> None:
+    as_json = tmp_path / "mine.json"
+    as_json.write_text(json.dumps(to_dict(tiny())))
+    assert load_recipe(str(as_json)) == tiny()
+    as_python = tmp_path / "mine.py"
+    as_python.write_text(
+        "from openchameleon.recipes.nano import recipe as nano\n"
+        "from dataclasses import replace\n"
+        "def recipe():\n    return replace(nano(), name='mine')\n"
+    )
+    assert load_recipe(str(as_python)).name == "mine"
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean 'nano'"):
+        load_recipe("nanoo")

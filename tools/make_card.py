@@ -1,0 +1,156 @@
+"""Writes the card of a trained recipe from its run folder: scores, curves, samples, logs.
+
+    python tools/make_card.py runs/nano docs/nano [--n 500]
+
+Every number of the card is measured here or read from the run's logs; none is typed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from openchameleon.evaluation.reconstruction import write_report
+from openchameleon.evaluation.world import evaluate_world
+from openchameleon.pipeline import Chameleon
+from openchameleon.recipes.stages import IMAGE, MODEL
+from openchameleon.train.metrics import plot_metrics
+from openchameleon.world.atlas import PRESETS
+from openchameleon.world.render import render
+from openchameleon.world.splits import scene
+
+PROMPTS = (
+    "Draw a cat at the top left and a pizza at the bottom right.",
+    "Draw a rocket at the center on sky.",
+    "Draw three red hearts.",
+    "Make a picture of a panda, a banana and a guitar.",
+    "Draw a blue circle at the left and a green square at the right.",
+    "Top left: dog. Bottom: owl. Background: sky.",
+    'Run:\nbackground("white")\nplace("frog", "top")\nplace("crab", "bottom")',
+    "Draw a tiger above a pumpkin.",
+)
+RUNS = (IMAGE, "pretrain", "tune")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--n", type=int, default=500)
+    options = parser.parse_args()
+    run, out = options.run, options.out
+    out.mkdir(parents=True, exist_ok=True)
+    chameleon = Chameleon.from_pretrained(run / MODEL)
+    scores = evaluate_world(chameleon, options.n)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    preset = PRESETS[chameleon.config.name]
+    image = chameleon.tokenizer.image
+    assert image is not None
+    pictures = (render(scene("iid", i, preset), preset) for i in range(200))
+    report = write_report(image, pictures, out)
+    for name in RUNS:
+        log = run / "runs" / name / "metrics.jsonl"
+        shutil.copy(log, out / f"{name}.jsonl")
+        if name != IMAGE:
+            plot_metrics(log, out / f"{name}.png")
+    draw_samples(chameleon, out / "samples.png")
+    recipe = json.loads((run / "recipe.json").read_text())
+    out.with_suffix(".md").write_text(card(chameleon, recipe, scores, report, out))
+
+
+def draw_samples(chameleon: Chameleon, path: Path) -> None:
+    """What the model draws for PROMPTS, with its default sampling and seed 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    answers = chameleon.generate_many(list(PROMPTS), seed=1)
+    for axis, prompt, answer in zip(figure.subplots(2, 4).flat, PROMPTS, answers, strict=True):
+        axis.axis("off")
+        axis.set_title("\n".join(_wrapped(prompt)), fontsize=8)
+        if answer.images:
+            axis.imshow(answer.images[0], interpolation="nearest")
+        else:
+            axis.text(0.5, 0.5, answer.text, ha="center", wrap=True)
+    figure.savefig(path, dpi=100)
+
+
+def _wrapped(prompt: str) -> list[str]:
+    import textwrap
+
+    return [part for line in prompt.splitlines() for part in textwrap.wrap(line, 34)]
+
+
+def card(
+    chameleon: Chameleon,
+    recipe: dict[str, Any],
+    scores: dict[str, Any],
+    report: dict[str, Any],
+    out: Path,
+) -> str:
+    """The card as Markdown."""
+    n_params = sum(p.numel() for p in chameleon.model.parameters())
+    assert chameleon.tokenizer.image is not None
+    n_vq = sum(p.numel() for p in chameleon.tokenizer.image.model.parameters())
+    name, folder, splits = chameleon.config.name, out.name, scores["splits"]
+    keys = [k for k in next(iter(splits.values())) if k != "ceiling"]
+    rows = [f"| {s} | " + " | ".join(_cell(v[k]) for k in keys) + " | "
+            f"{_cell(v['ceiling']['picture_exact'])} |" for s, v in splits.items()]  # fmt: skip
+    return "\n".join(
+        [
+            f"# The embedded model `{name}`",
+            "",
+            f"A transformer of {n_params:,} parameters over {chameleon.config.vocab.size:,} ids,"
+            f" and an image tokenizer of {n_vq:,} that writes a {report['resolution']} x"
+            f" {report['resolution']} picture as {report['codes_per_picture']} codes of"
+            f" {report['codebook_size']:,}. It reads and draws a world of"
+            f" {len(PRESETS[recipe['world']].emoji)} emoji on"
+            f" {len(PRESETS[recipe['world']].backgrounds)} backgrounds. Trained from nothing by"
+            f" `openchameleon train {name}`; weights are stored in bfloat16 and scored after"
+            " loading.",
+            "",
+            f"![what it draws]({folder}/samples.png)",
+            "",
+            "## Scores",
+            "",
+            f"Greedy, {scores['n']} fresh samples of each task, seed {scores['seed']}; pictures are"
+            " judged by the world's checker from the PNG files that were written. The ceiling is"
+            " the same pictures through the image tokenizer alone"
+            " (of foreign pictures, which the checker is not made for, it says little).",
+            "",
+            "| split | " + " | ".join(keys) + " | ceiling |",
+            "|---" * (len(keys) + 2) + "|",
+            *rows,
+            "",
+            f"`openchameleon evaluate world --model {name} --n {scores['n']} --json` prints them;"
+            " [architecture.md](architecture.md) says what the splits hold out.",
+            "",
+            "## Image tokenizer",
+            "",
+            f"PSNR {report['psnr']:.1f} dB, SSIM {report['ssim']:.3f} on 200 fresh pictures;"
+            f" {report['usage']:.0%} of the codes are used by them, with perplexity"
+            f" {report['perplexity']:.0f} (most codes of a picture are background; the others serve"
+            " pictures drawn by other means).",
+            "",
+            f"![originals and reconstructions]({folder}/reconstructions.png)",
+            "",
+            "## Training",
+            "",
+            f"Recipe: `src/openchameleon/recipes/{name}.py`. Logs: [{folder}/]({folder}/).",
+            "",
+            f"![pretraining]({folder}/pretrain.png)",
+            "",
+            f"![tuning]({folder}/tune.png)",
+            "",
+        ]
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from openchameleon.config import override, to_dict
@@ -30,5 +31,12 @@ def run(options: argparse.Namespace) -> int:
     if options.show:
         print(json.dumps(to_dict(recipe), indent=2))
         return 0
-    run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
+    from openchameleon.train.loop import Stopped
+
+    try:
+        model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
+    except Stopped as stopped:
+        print(f"openchameleon: {stopped}", file=sys.stderr)
+        return 0
+    print(f"The model is in {model}; `openchameleon generate ... --model {model}` uses it.")
     return 0

@@ -92,8 +92,6 @@ def texts(recipe: Recipe) -> Iterator[str]:
 
 def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folder: Path) -> None:
     """One shard of a stage's samples, as `world sample` writes them; begun anew if half there."""
-    if (folder / "index.json").exists():
-        return
     shutil.rmtree(folder, ignore_errors=True)
     preset = PRESETS[recipe.world]
     seed = (recipe.seed * 2 + (name == "tune")) * 4096 + shard

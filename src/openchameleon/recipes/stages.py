@@ -140,7 +140,13 @@ def prepare_shard(
     shutil.rmtree(rows, ignore_errors=True)  # whole, but not marked: of a run that was cut off
     source = Path(recipe.data) if recipe.data else out / "samples" / f"{name}-{shard:03}"
     if not recipe.data:
-        pictures.write_shard(recipe, name, stage, shard, source)
+        made_by = config_hash(
+            name, shard, recipe.world, recipe.seed, stage.mixture, stage.shard_size,
+            stage.foreign_share,
+        )  # fmt: skip
+        if not _is_done(source, made_by):
+            pictures.write_shard(recipe, name, stage, shard, source)
+            _mark_of(source).write_text(made_by)
     tokenizer = load_tokenizer(recipe, out)
     prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only)
     _mark_of(rows).write_text(mark)

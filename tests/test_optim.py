@@ -59,9 +59,11 @@ def make_model(**changes: Any) -> Transformer:
     return model
 
 
-def one_step(model: Transformer, batches: list[Batch], **changes: Any) -> StepMetrics:
+def one_step(
+    model: Transformer, batches: list[Batch], code_weight: float = 1.0, **changes: Any
+) -> StepMetrics:
     optimizer = make_optimizer(model, OptimConfig(eps=EPS))
-    loss = LossConfig(z_loss=1e-3, chunk=7)
+    loss = LossConfig(z_loss=1e-3, chunk=7, code_weight=code_weight)
     kwargs: dict[str, Any] = {"lr": 1e-2, "grad_clip": 1.0, "is_code": IS_CODE, **changes}
     return train_step(model, optimizer, batches, loss, **kwargs)
 
@@ -235,3 +237,16 @@ def test_a_few_steps_learn_a_batch_by_heart() -> None:
     ]
     assert losses[0] == pytest.approx(math.log(24), abs=0.3)
     assert losses[-1] < 0.3
+
+
+def test_codes_of_weight_zero_teach_nothing_and_text_counts_as_before() -> None:
+    batch = make_batch()
+    silent = dataclasses.replace(batch, loss_weights=batch.loss_weights * ~IS_CODE[batch.targets])
+    weighed, masked, plain = make_model(), make_model(), make_model()
+    metrics = one_step(weighed, [batch], code_weight=0.0)
+    one_step(masked, [silent])
+    one_step(plain, [batch])
+    assert torch.equal(weights_of(weighed), weights_of(masked))
+    assert not torch.equal(weights_of(weighed), weights_of(plain))
+    assert metrics.code_loss is None
+    assert metrics.text_loss is not None

@@ -12,23 +12,26 @@ from openchameleon.model.config import ModelConfig
 from openchameleon.recipes.config import Recipe, StageConfig, TextConfig
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
+from openchameleon.train.step import LossConfig
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
 # Reading binds names to codes first and drawing follows, so both are there from the start.
 PRETRAIN = MIXTURE
-# Instructions only, as people will give them.
+# Instructions only, as people will give them, and many questions to a picture: an answer is two
+# tokens among a hundred, and finding a name in a picture is learned last.
 TUNE = {
-    "draw": 0.3,
-    "unconditional": 0.03,
+    "draw": 0.2,
+    "unconditional": 0.02,
     "caption": 0.1,
-    "question": 0.2,
-    "story_turn": 0.14,
-    "program_draw": 0.05,
+    "question": 0.06,
+    "quiz": 0.3,
+    "story_turn": 0.16,
+    "program_draw": 0.04,
     "program_read": 0.05,
-    "talk": 0.05,
-    "dialog": 0.08,
+    "talk": 0.04,
+    "dialog": 0.05,
 }
 
 
@@ -77,11 +80,16 @@ def recipe() -> Recipe:
         ),
         tune=StageConfig(
             train=TrainConfig(
-                steps=1200, batch_size=5, log_every=50, save_every=250, eval_every=600
+                steps=1200,
+                batch_size=5,
+                loss=LossConfig(code_weight=0.25),
+                log_every=50,
+                save_every=250,
+                eval_every=600,
             ),
-            optim=OptimConfig(lr=4e-4, warmup_steps=50, decay="cosine", min_lr_ratio=0.02),
+            optim=OptimConfig(lr=8e-4, warmup_steps=50, decay="cosine", min_lr_ratio=0.02),
             mixture=TUNE,
-            n_shards=4,
+            n_shards=2,
             shard_size=12_000,
         ),
         sampling=SamplingParams(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ class LossConfig:
     """z_loss: factor of log^2 Z (the paper's 1e-5). chunk: rows of logits held at a time.
 
     mask_documents: keep the documents packed into one row from attending to each other.
+    code_weight: what a code counts beside a text token (the paper's 1). Codes outnumber words by
+    far, and most of them are background: fine-tuning for short answers may want them to count less.
     """
 
     z_loss: float = 1e-5
     chunk: int = 512
     mask_documents: bool = True
+    code_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ def train_step(
     where gradients are averaged over ranks. Raises FloatingPointError, with the weights as they
     were, where the loss or its gradient is not finite.
     """
+    batches = [weighed(batch, config.code_weight, is_code) for batch in batches]
     optimizer.zero_grad()
     total = mean_over_ranks(torch.stack([b.loss_weights.sum() for b in batches]).sum())
     sums, log_z_max = torch.zeros(5, device=total.device), torch.zeros((), device=total.device)
@@ -87,6 +91,14 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     return metrics
+
+
+def weighed(batch: Batch, code_weight: float, is_code: Tensor) -> Batch:
+    """The batch with the weights of its codes multiplied by `code_weight`."""
+    if code_weight == 1.0:
+        return batch
+    factors = torch.where(is_code[batch.targets], code_weight, 1.0)
+    return replace(batch, loss_weights=batch.loss_weights * factors)
 
 
 def batch_loss(

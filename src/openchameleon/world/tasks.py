@@ -178,10 +178,20 @@ def _read_caption(job: Job) -> Sample:
 
 def _question(job: Job) -> Sample:
     """A picture and a question; in training one to four questions, which share its cost."""
+    return _asked(job, job.rng.randint(1, 4) if job.split == "train" else 1)
+
+
+def _quiz(job: Job) -> Sample:
+    """A picture and five to eight questions, one after the other."""
+    return _asked(job, job.rng.randint(5, 8))
+
+
+def _asked(job: Job, n_questions: int) -> Sample:
+    """A picture with its questions as turns; the first stands before or after the picture."""
     scene, world = job.scene(), job.preset
     held_out = job.split == "unseen_phrasings"
     turns: list[str | Iterable[str | Segment]] = []
-    for _ in range(job.rng.randint(1, 4) if job.split == "train" else 1):
+    for _ in range(n_questions):
         question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out)
         text = job.typed(question.text)
         asked = text if turns else _either_order(job, job.shown(scene), text)
@@ -310,6 +320,7 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
     "unconditional": _unconditional,
     "caption": _read_caption,
     "question": _question,
+    "quiz": _quiz,
     "story": _story,
     "story_turn": _story_turn,
     "program_draw": _program_draw,
@@ -320,5 +331,5 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
 }
 """Every task by name."""
 
-READING = frozenset({"caption", "question", "program_read"})
+READING = frozenset({"caption", "question", "quiz", "program_read"})
 """The tasks whose pictures are the user's, so that they may be foreign."""

@@ -41,9 +41,9 @@ def slow_row(
         return max(scores, key=lambda i: (scores[i], -i)), 1.0
     ranked = sorted(scores, key=lambda i: -scores[i])[: p.top_k or None]
     weights = {i: math.exp((scores[i] - scores[ranked[0]]) / p.temperature) for i in ranked}
-    kept, mass = [], 0.0
+    kept, mass, total = [], 0.0, sum(weights.values())
     for i in ranked:
-        if kept and mass >= p.top_p * sum(weights.values()) and p.top_p < 1:
+        if kept and mass >= p.top_p * total and p.top_p < 1:
             break
         kept.append(i)
         mass += weights[i]
@@ -95,7 +95,7 @@ def test_sample_equals_the_slow_rule_row_by_row(seed: int) -> None:
 def test_filters_that_reach_past_the_short_sort_are_exact(params: list[ModalityParams]) -> None:
     rng, n, v = generator(2), len(params), 3 * SHORT_SORT
     none = torch.zeros(n, v, dtype=torch.bool)
-    for seed in range(8):
+    for seed in range(4):
         logits = 0.3 * torch.randn(n, v, generator=rng)
         assert_equals_slow_rule(logits, ~none, none, params, seed)
 

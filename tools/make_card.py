@@ -32,6 +32,16 @@ PROMPTS = (
     'Run:\nbackground("white")\nplace("frog", "top")\nplace("crab", "bottom")',
     "Draw a tiger above a pumpkin.",
 )
+FLOORS = {
+    ("iid", "picture_exact"): 0.95,
+    ("iid", "question"): 0.97,
+    ("iid", "caption_exact"): 0.90,
+    ("iid", "program_exact"): 0.95,
+    ("iid", "story_pictures_fit"): 0.85,
+    ("unseen_cells", "picture_exact"): 0.85,
+    ("foreign", "question"): 0.80,
+}
+"""What the model is meant to reach, by split and score."""
 RUNS = (IMAGE, "pretrain", "tune")
 
 
@@ -123,6 +133,14 @@ def card(
             "| split | " + " | ".join(keys) + " | ceiling |",
             "|---" * (len(keys) + 2) + "|",
             *rows,
+            "",
+            "What it is meant to reach:",
+            "",
+            *(
+                f"- {split}, {key}: {splits[split][key]:.3f} of {floor:.2f}, "
+                f"{'reached' if splits[split][key] >= floor else '**missed**'}"
+                for (split, key), floor in FLOORS.items()
+            ),
             "",
             f"`openchameleon evaluate world --model {name} --n {scores['n']} --json` prints them;"
             " [architecture.md](architecture.md) says what the splits hold out.",

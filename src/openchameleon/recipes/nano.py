@@ -22,16 +22,16 @@ PRETRAIN = MIXTURE
 # Instructions only, as people will give them, and many questions to a picture: an answer is two
 # tokens among a hundred, and finding a name in a picture is learned last.
 TUNE = {
-    "draw": 0.16,
+    "draw": 0.2,
     "unconditional": 0.02,
-    "caption": 0.06,
-    "question": 0.05,
-    "quiz": 0.42,
-    "story_turn": 0.15,
-    "program_draw": 0.03,
-    "program_read": 0.03,
+    "caption": 0.1,
+    "question": 0.06,
+    "quiz": 0.3,
+    "story_turn": 0.16,
+    "program_draw": 0.04,
+    "program_read": 0.05,
     "talk": 0.04,
-    "dialog": 0.04,
+    "dialog": 0.05,
 }
 
 
@@ -80,17 +80,17 @@ def recipe() -> Recipe:
         ),
         tune=StageConfig(
             train=TrainConfig(
-                steps=1100,
+                steps=1200,
                 batch_size=5,
                 loss=LossConfig(code_weight=0.25),
                 log_every=50,
                 save_every=250,
-                eval_every=550,
+                eval_every=600,
             ),
-            optim=OptimConfig(lr=1e-3, warmup_steps=50, decay="cosine", min_lr_ratio=0.02),
+            optim=OptimConfig(lr=8e-4, warmup_steps=50, decay="cosine", min_lr_ratio=0.02),
             mixture=TUNE,
             n_shards=2,
-            shard_size=10_000,
+            shard_size=12_000,
         ),
         sampling=SamplingParams(
             text=ModalityParams(temperature=0.3), image=ModalityParams(temperature=0.1)

@@ -6,7 +6,7 @@ The best constant answer stays under 55%, overall and within each kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -131,14 +131,14 @@ def ask(
     backgrounds: tuple[str, ...],
     rng: Random,
     held_out: bool = False,
-    kinds: Sequence[str] = tuple(KINDS),
 ) -> Question:
-    """A question about `scene` (at most 9 objects), every one of `kinds` as likely.
+    """A question about `scene` (at most 9 objects), every kind as likely.
 
     `names` is the vocabulary absent objects come from; `held_out` takes phrasings never trained. A
     world of one background is not asked for it.
     """
-    kind = rng.choice([k for k in kinds if k != "background" or len(backgrounds) > 1])
+    kinds = [k for k in KINDS if k != "background" or len(backgrounds) > 1]
+    kind = rng.choice(kinds)
     subject, answer = KINDS[kind].subject_and_answer(_Look(scene, grid, names, rng))
     texts = KINDS[kind].held_out_texts if held_out else KINDS[kind].texts
     return Question(kind, rng.choice(texts).format(subject), answer)

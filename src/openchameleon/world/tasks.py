@@ -6,7 +6,7 @@ Each task is one function from a `Job` (which sample, in which world, with what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -36,7 +36,7 @@ from openchameleon.world.captions import (
 )
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.programs import program
-from openchameleon.world.questions import KINDS, ask
+from openchameleon.world.questions import ask
 from openchameleon.world.render import render
 from openchameleon.world.scene import Scene
 from openchameleon.world.stories import Story, change, write_story
@@ -47,8 +47,6 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "Describe this.")
 HELD_OUT_DESCRIBE = ("Tell me what is in the picture.",)
 PROGRAM_OF = "Write the program."
 RUN = "Run:\n"
-# Reading off a cell is learned early, finding a name in the picture last.
-QUIZ_KINDS = ("where", "where", "how_many", "is_there", "is_there", "what")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +182,17 @@ def _question(job: Job) -> Sample:
 
 
 def _quiz(job: Job) -> Sample:
-    """A picture and five to eight questions, most of which name what is to be found in it."""
-    return _asked(job, job.rng.randint(5, 8), QUIZ_KINDS)
+    """A picture and five to eight questions, one after the other."""
+    return _asked(job, job.rng.randint(5, 8))
 
 
-def _asked(job: Job, n_questions: int, kinds: Sequence[str] = tuple(KINDS)) -> Sample:
+def _asked(job: Job, n_questions: int) -> Sample:
     """A picture with its questions as turns; the first stands before or after the picture."""
     scene, world = job.scene(), job.preset
     held_out = job.split == "unseen_phrasings"
     turns: list[str | Iterable[str | Segment]] = []
     for _ in range(n_questions):
-        question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out, kinds)
+        question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out)
         text = job.typed(question.text)
         asked = text if turns else _either_order(job, job.shown(scene), text)
         turns += [asked, question.answer]

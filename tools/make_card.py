@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openchameleon.evaluation.reconstruction import write_report
-from openchameleon.evaluation.world import evaluate_world
+from openchameleon.evaluation.world import SCORES, evaluate_world
 from openchameleon.pipeline import Chameleon
 from openchameleon.recipes.stages import IMAGE, MODEL
 from openchameleon.train.metrics import plot_metrics
@@ -105,7 +105,7 @@ def card(
     assert chameleon.tokenizer.image is not None
     n_vq = sum(p.numel() for p in chameleon.tokenizer.image.model.parameters())
     name, folder, splits = chameleon.config.name, out.name, scores["splits"]
-    keys = [k for k in next(iter(splits.values())) if k != "ceiling"]
+    keys = list(SCORES)
     rows = [f"| {s} | " + " | ".join(_cell(v[k]) for k in keys) + " | "
             f"{_cell(v['ceiling']['picture_exact'])} |" for s, v in splits.items()]  # fmt: skip
     return "\n".join(
@@ -133,6 +133,14 @@ def card(
             "| split | " + " | ".join(keys) + " | ceiling |",
             "|---" * (len(keys) + 2) + "|",
             *rows,
+            "",
+            "Questions by what they ask for:",
+            "",
+            *(
+                f"- {split}: " + ", ".join(f"{k} {v:.2f}" for k, v in by_kind.items())
+                for split in splits
+                if (by_kind := splits[split]["question_by_kind"])
+            ),
             "",
             "What it is meant to reach:",
             "",

@@ -124,7 +124,7 @@ class _Exam:
     def split(self, split: str) -> dict[str, Any]:
         """All scores of a split, and its ceiling."""
         self.codes = []
-        scores: dict[str, Any] = dict.fromkeys(SCORES)
+        scores: dict[str, Any] = dict.fromkeys((*SCORES, "question_by_kind"))
         for task in EXAMS[split]:
             exam: Callable[[str], dict[str, Any]] = getattr(self, task, self.program_read)
             scores |= exam(split)
@@ -148,7 +148,13 @@ class _Exam:
         return {"picture_exact": _mean(exact), "picture_objects": _mean(objects)}
 
     def question(self, split: str) -> dict[str, Any]:
-        return {"question": _mean(self.texts_right("question", split))}
+        kinds = [sample.meta.kind for sample in self.samples("question", split)]
+        right = self.texts_right("question", split)
+        by_kind = {
+            kind: _mean([r for r, k in zip(right, kinds, strict=True) if k == kind])
+            for kind in sorted(set(kinds))
+        }
+        return {"question": _mean(right), "question_by_kind": by_kind}
 
     def talk(self, split: str) -> dict[str, Any]:
         return {"talk": _mean(self.texts_right("talk", split))}

@@ -48,7 +48,11 @@ def report(bench: str, out: Path | None, sizes: Mapping[str, object], **values: 
     """Prints one line, and appends it to `out`."""
     where = {"device": f"cpu: {_proc('cpuinfo', 'model name')}", "dtype": "float32"}
     line = {"bench": bench, **where, "threads": torch.get_num_threads(), "sizes": sizes, **values}
-    line |= {"loaded": _loaded(), "git": _commit(), "torch": torch.__version__}
+    # Both while it ran, where the line has its CPU time, and now.
+    starved = "cpu_seconds" in values and values["cpu_seconds"] < 0.5 * values["seconds"]
+        "cpu_seconds" in values
+    )
+    line |= {"loaded": starved or _loaded(), "git": _commit(), "torch": torch.__version__}
     text = json.dumps({k: float(f"{v:.4g}") if type(v) is float else v for k, v in line.items()})
     print(text, flush=True)
     if out is not None:

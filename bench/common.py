@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from timeit import timeit
 
 import torch
@@ -44,14 +45,12 @@ def once(run: Run) -> dict[str, float]:
     return {**cost, "peak_gib": (int(_proc("self/status", "VmHWM")) - kib) / 2**20}
 
 
-def report(bench: str, out: Path | None, sizes: Mapping[str, object], **values: object) -> None:
+def report(bench: str, out: Path | None, sizes: Mapping[str, Any], **values: Any) -> None:
     """Prints one line, and appends it to `out`."""
     where = {"device": f"cpu: {_proc('cpuinfo', 'model name')}", "dtype": "float32"}
     line = {"bench": bench, **where, "threads": torch.get_num_threads(), "sizes": sizes, **values}
     # Both while it ran, where the line has its CPU time, and now.
     starved = "cpu_seconds" in values and values["cpu_seconds"] < 0.5 * values["seconds"]
-        "cpu_seconds" in values
-    )
     line |= {"loaded": starved or _loaded(), "git": _commit(), "torch": torch.__version__}
     text = json.dumps({k: float(f"{v:.4g}") if type(v) is float else v for k, v in line.items()})
     print(text, flush=True)

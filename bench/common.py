@@ -9,8 +9,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 from timeit import timeit
+from typing import Any
 
 import torch
 

@@ -476,7 +476,7 @@ def test_pictures_are_the_scenes_drawn() -> None:
 def test_foreign_pictures_are_for_reading_only() -> None:
     for task in TASKS:
         foreign = [write_record(task, "foreign", i, NANO, with_pixels=False) for i in range(3)]
-        expected = task in {"caption", "question", "program_read"}
+        expected = task in {"caption", "question", "quiz", "program_read"}
         assert {s.meta.foreign for s in foreign} == {expected}
     trained = [write_record("caption", "train", i, NANO, with_pixels=False) for i in range(400)]
     assert sum(s.meta.foreign for s in trained) / 400 == pytest.approx(0.5, abs=0.1)

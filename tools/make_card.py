@@ -42,14 +42,10 @@ FLOORS = {
     ("foreign", "question"): 0.80,
 }
 """What the model is meant to reach, by split and score."""
-LIMITS = (
-    "It reads what is at a cell well, but finds a *named* object badly: where, how many and is-there"
-    " questions are",
-    "near guessing. Its own stories sometimes move an object to where it already is. Phrasings far"
-    " from the trained",
-    "ones often get a wrong picture. [LOG.md](LOG.md) has what was tried. Trained once, with one"
-    " seed.",
-)
+LIMITS = """\
+It reads what is at a cell well, but finds a *named* object badly: where, how many and is-there questions are
+near guessing. Its own stories sometimes move an object to where it already is. Phrasings far from the trained
+ones often get a wrong picture. [LOG.md](LOG.md) has what was tried. Trained once, with one seed."""  # noqa: E501
 """What the scores do not say by themselves; to be read again with every new training."""
 RUNS = (IMAGE, "pretrain", "tune")
 
@@ -162,7 +158,10 @@ def card(
             f"`openchameleon evaluate world --model {name} --n {scores['n']} --json` prints them;"
             " [architecture.md](architecture.md) says what the splits hold out.",
             "",
-            *(["## Known limits", "", *LIMITS, ""] if LIMITS else []),
+            "## Known limits",
+            "",
+            LIMITS,
+            "",
             "## Image tokenizer",
             "",
             f"PSNR {report['psnr']:.1f} dB, SSIM {report['ssim']:.3f} on 200 fresh pictures;"

@@ -126,7 +126,7 @@ class _Exam:
         self.codes = []
         scores: dict[str, Any] = dict.fromkeys((*SCORES, "question_by_kind"))
         for task in EXAMS[split]:
-            exam: Callable[[str], dict[str, Any]] = getattr(self, task, self.program_read)
+            exam: Callable[[str], dict[str, Any]] = getattr(self, task)
             scores |= exam(split)
         scores["codes_exact"] = _mean(self.codes) if self.codes else None
         return scores | {"ceiling": self.ceiling(split)}

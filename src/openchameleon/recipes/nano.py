@@ -17,8 +17,6 @@ from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
-# Reading binds names to codes first and drawing follows, so both are there from the start.
-PRETRAIN = MIXTURE
 # Instructions only, as people will give them, and many questions to a picture: an answer is two
 # tokens among a hundred, and finding a name in a picture is learned last.
 TUNE = {
@@ -74,7 +72,7 @@ def recipe() -> Recipe:
                 steps=4500, batch_size=5, log_every=50, save_every=250, eval_every=1000
             ),
             optim=OptimConfig(lr=2e-3, warmup_steps=200, decay="cosine", min_lr_ratio=0.2),
-            mixture=PRETRAIN,
+            mixture=MIXTURE,
             n_shards=8,
             shard_size=14_000,
         ),

@@ -60,10 +60,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
     tokenizer = load_tokenizer(recipe, out)
     model = Transformer(model_config(recipe))
     load_weights(model, before)
-    config = FolderConfig(
-        recipe.name, vocab_of(recipe), model_config(recipe), sampling=recipe.sampling
-    )
-    Chameleon(config, model, tokenizer).save(out / MODEL, dtype="bfloat16")
+    Chameleon(folder_config(recipe), model, tokenizer).save(out / MODEL, dtype="bfloat16")
     return out / MODEL
 
 
@@ -80,6 +77,12 @@ def vocab_of(recipe: Recipe) -> Vocab:
 def model_config(recipe: Recipe) -> ModelConfig:
     """The recipe's model with the size of its vocabulary filled in."""
     return replace(recipe.model, vocab_size=vocab_of(recipe).size)
+
+
+def folder_config(recipe: Recipe) -> FolderConfig:
+    """`config.json` of the model that the recipe makes."""
+    shape = model_config(recipe)
+    return FolderConfig(recipe.name, vocab_of(recipe), shape, sampling=recipe.sampling)
 
 
 def train_text(recipe: Recipe, path: Path) -> None:
@@ -186,10 +189,7 @@ def _hooks(recipe: Recipe, out: Path) -> dict[str, Callable[[Transformer, int], 
     """Scores on a few fresh scenes while training; none with a data folder of one's own."""
     if recipe.data:
         return {}
-    tokenizer = load_tokenizer(recipe, out)
-    config = FolderConfig(
-        recipe.name, vocab_of(recipe), model_config(recipe), sampling=recipe.sampling
-    )
+    config, tokenizer = folder_config(recipe), load_tokenizer(recipe, out)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
         return quick_scores(Chameleon(config, model, tokenizer), recipe.world)

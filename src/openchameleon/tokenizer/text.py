@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _MARK = "\u2581"  # what sentencepiece writes for a space
 _PROBE = "  a\n\n  B\t\r\n e\u0301\u00e9 \u2581 123 \U0001f63a "
 
 
-class TextTokenizer:
+class TextTokenizer(ABC):
     """The interface, and decoding, which is the same for every backend.
 
     `spellings[i]` is the bytes of id i, or None where i is no text (control ids, codes).
@@ -45,9 +46,9 @@ class TextTokenizer:
                 " use a tokenizer without normalizer and prefix space."
             )
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Any text to text ids only, whatever it spells. UserError if it has a lone surrogate."""
-        raise NotImplementedError
 
     def bytes_of(self, token_id: int) -> bytes:
         """The UTF-8 bytes of one id, perhaps part of a character. ValueError if it is no text."""
@@ -60,9 +61,9 @@ class TextTokenizer:
         """The inverse of `encode`; bytes that are no UTF-8 become U+FFFD. ValueError: not text."""
         return b"".join(map(self.bytes_of, token_ids)).decode("utf-8", "replace")
 
+    @abstractmethod
     def save(self, path: str | Path) -> None:
         """Writes the one file that `load_text_tokenizer` reads."""
-        raise NotImplementedError
 
 
 class SentencePieceTokenizer(TextTokenizer):

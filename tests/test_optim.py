@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -99,6 +99,7 @@ def test_decays_have_their_shapes_halfway() -> None:
         {"lr": 0.0},
         {"grad_clip": 0.0},
         {"warmup_steps": -1},
+        {"matrices": "shampoo"},
         {"min_lr_ratio": 1.5},
         {"decay": "exponential", "min_lr_ratio": 0.0},
     ],
@@ -120,6 +121,31 @@ def test_weight_decay_reaches_the_matrices_of_linear_layers_alone(tied: bool) ->
     found = {names[id(p)] for p in decayed["params"]}
     assert found == expected - {"layers.0.attention.wq.weight"}
     assert {names[id(p)] for p in spared["params"]} == set(names.values()) - expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_moves_the_matrices_of_the_layers_alone(tied: bool) -> None:
+    model = make_model(tie_embeddings=tied)
+    moved, others = make_optimizer(model, OptimConfig(matrices="muon")).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    expected = {n for n in names.values() if n.startswith("layers") and "norm" not in n}
+    assert {names[id(p)] for p in moved["params"]} == expected
+    assert {names[id(p)] for p in others["params"]} == set(names.values()) - expected
+    assert others["weight_decay"] == 0.0
+
+
+def test_a_step_of_muon_is_as_long_as_one_of_adamw() -> None:
+    """Both change a matrix by about 0.2 lr a weight, so that one learning rate serves both."""
+    models = [make_model(), make_model()]
+    before = models[0].layers[0].feed_forward.w1.weight.detach().clone()
+    sizes = []
+    for model, matrices in zip(models, ("adamw", "muon"), strict=True):
+        optimizer = make_optimizer(model, OptimConfig(matrices=matrices, weight_decay=0.0))
+        batch, loss = make_batch(), LossConfig()
+        for _ in range(20):
+            train_step(model, optimizer, [batch], loss, lr=1e-3, grad_clip=1.0, is_code=IS_CODE)
+        sizes.append((model.layers[0].feed_forward.w1.weight - before).std().item())
+    assert 0.3 < sizes[0] / sizes[1] < 4
 
 
 def test_a_step_equals_the_plain_computation() -> None:
@@ -226,9 +252,10 @@ def test_documents_are_masked_from_each_other_causally() -> None:
     assert document_mask(torch.tensor([[0, 1, 1]])) is not None
 
 
-def test_a_few_steps_learn_a_batch_by_heart() -> None:
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_a_few_steps_learn_a_batch_by_heart(matrices: Literal["adamw", "muon"]) -> None:
     model, batch = make_model(tie_embeddings=True), make_batch()
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig(matrices=matrices))
     losses = [
         train_step(
             model, optimizer, [batch], LossConfig(), lr=1e-2, grad_clip=1.0, is_code=IS_CODE

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openchameleon.errors import UserError
+from openchameleon.train.optim import Optimizer
 
 FORMAT = 1
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "MANIFEST.json"
@@ -108,7 +109,14 @@ def load_checkpoint(path: Path, verify: bool = True) -> tuple[dict[str, Tensor],
     return tensors, json.loads((path / META).read_text(encoding="utf-8"))
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+def checkpoint_hash(path: Path) -> str:
+    """The sha256 of a checkpoint's tensors, as its manifest has it."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    sha256: str = manifest["files"][TENSORS]["sha256"]
+    return sha256
+
+
+def flatten_optimizer(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
     """The optimizer's state as `{prefix}{parameter index}.{name}` tensors, its step among them.
 
     Hyperparameters are not part of it: they come from the config, the learning rate from the step.
@@ -122,9 +130,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
     return flat
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """The inverse of `flatten_optimizer`, into an optimizer over the same parameters."""
     n_params = sum(len(group["params"]) for group in optimizer.param_groups)
     state: dict[int, dict[str, Tensor]] = {}

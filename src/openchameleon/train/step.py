@@ -12,6 +12,7 @@ from torch import Tensor
 from openchameleon.data.loader import Batch
 from openchameleon.model.transformer import Transformer
 from openchameleon.train.losses import chunked_loss
+from openchameleon.train.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class StepMetrics:
 
 def train_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Sequence[Batch],
     config: LossConfig,
     *,

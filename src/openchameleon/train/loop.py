@@ -99,6 +99,7 @@ def fit(
     *,
     is_code: Tensor,
     hooks: Mapping[str, Hook] | None = None,
+    begun_from: str | None = None,
     stop_at: int | None = None,
     deadline: float | None = None,
 ) -> Path:
@@ -107,7 +108,9 @@ def fit(
     Goes on from the run folder's newest whole checkpoint, if it has any. `stop_at` (a step) and
     `deadline` (of `time.monotonic`) end it earlier. On SIGINT or SIGTERM it finishes the step,
     saves, and raises Stopped; a second signal ends it at once. UserError where the folder belongs
-    to another config or is in use. is_code: (V,) bool, which targets count as codes.
+    to another config or is in use. is_code: (V,) bool, which targets count as codes. begun_from:
+    what the model's weights came from, where that is no function of the config; it is part of
+    whose run it is.
     """
     if loader.batch_size != config.batch_size:
         raise ValueError(f"loader has {loader.batch_size} rows, config {config.batch_size}")
@@ -115,7 +118,8 @@ def fit(
         torch.set_num_threads(config.threads)
     last = config.steps if stop_at is None else min(config.steps, stop_at)
     with locked(run_folder), stop_signals() as received, _as_configured(model, config):
-        claim(run_folder, _identity(model, loader, config, optim))
+        origin = {"begun_from": begun_from} if begun_from else {}
+        claim(run_folder, _identity(model, loader, config, optim) | origin)
         run = _Run(model, loader, config, optim, run_folder, is_code, hooks or {})
         try:
             while run.step < last and not received:

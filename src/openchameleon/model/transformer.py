@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.rope import apply_rope, rope_tables
 
-INIT_STD = 0.02
+OUTPUT_STD = 0.02
 
 
 class KVCacheLike(Protocol):
@@ -214,7 +214,8 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int)
     |--------------------------|--------------------------------------------------|
     | norm weights, biases     | 1, 0; but a norm that ends a branch ("output"):  |
     |                          | 1 / sqrt(2 n_layers)                             |
-    | tok_embeddings, output   | normal, std 0.02                                 |
+    | tok_embeddings           | normal, std `embedding_std`                      |
+    | output                   | normal, std 0.02                                 |
     | wq wk wv w1 w3           | normal, std 1 / sqrt(fan_in)                     |
     | wo w2                    | normal, std 1 / sqrt(fan_in) / sqrt(2 n_layers)  |
 
@@ -228,7 +229,9 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int)
         return torch.full(shape, branch_scale)
     if "norm" in owner:
         return torch.ones(shape)
-    std = INIT_STD if owner in ("tok_embeddings", "output") else shape[1] ** -0.5
+    std = {"tok_embeddings": config.embedding_std, "output": OUTPUT_STD}.get(
+        owner, shape[1] ** -0.5
+    )
     if owner in ("wo", "w2"):
         std *= branch_scale
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -476,7 +476,7 @@ def test_pictures_are_the_scenes_drawn() -> None:
 def test_foreign_pictures_are_for_reading_only() -> None:
     for task in TASKS:
         foreign = [write_record(task, "foreign", i, NANO, with_pixels=False) for i in range(3)]
-        expected = task in {"caption", "question", "quiz", "program_read"}
+        expected = task in {"caption", "inventory", "question", "quiz", "drill", "program_read"}
         assert {s.meta.foreign for s in foreign} == {expected}
     trained = [write_record("caption", "train", i, NANO, with_pixels=False) for i in range(400)]
     assert sum(s.meta.foreign for s in trained) / 400 == pytest.approx(0.5, abs=0.1)
@@ -546,6 +546,6 @@ def test_written_samples_read_back(tmp_path: Path) -> None:
 
 
 def test_texts_for_the_tokenizer_are_few_and_plain() -> None:
-    texts = list(all_texts(NANO, 500, seed=0))
+    texts = list(all_texts(NANO, MIXTURE, 500, seed=0))
     assert len(texts) > 800
     assert all(text.isascii() and text == text.strip() and text for text in texts)

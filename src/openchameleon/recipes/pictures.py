@@ -87,7 +87,7 @@ def texts(recipe: Recipe) -> Iterator[str]:
     # Names alone as well, often: a name should be one piece, whatever stands before it.
     for name in preset.emoji:
         yield from [name, f" {name}"] * NAME_REPEATS
-    yield from all_texts(preset, recipe.text.n_samples, recipe.seed)
+    yield from all_texts(preset, recipe.pretrain.mixture, recipe.text.n_samples, recipe.seed)
 
 
 def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folder: Path) -> None:

@@ -255,6 +255,20 @@ def describe(scene: Scene, grid: Grid) -> str:
     return capitalised(f"{items}, on {scene.background}.")
 
 
+def inventory(scene: Scene, grid: Grid, rng: Random) -> str:
+    """All there is, in any order: every cell with its object, or every object with its cell.
+
+    The order tells nothing, so each entry is a question about the picture and its answer.
+    """
+    if rng.random() < 0.5:
+        cells = rng.sample(grid.cells, len(grid.cells))
+        parts = [f"{cell_name(grid, c)}: {scene.at(c) or 'nothing'}" for c in cells]
+    else:
+        objects = rng.sample(scene.objects, len(scene.objects))
+        parts = [f"{o.name}: {cell_name(grid, o.cell)}" for o in objects]
+    return capitalised("; ".join(parts)) + "."
+
+
 def parse_caption(text: str, grid: Grid, names: tuple[str, ...]) -> Scene | None:
     """The scene of a canonical caption (objects in any order), or None if it is not one.
 

@@ -6,7 +6,7 @@ The best constant answer stays under 55%, overall and within each kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -124,6 +124,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
+NAMING = ("where", "how_many", "is_there")
+"""The kinds of question that name what is to be found."""
+
+
 def ask(
     scene: Scene,
     grid: Grid,
@@ -131,14 +135,14 @@ def ask(
     backgrounds: tuple[str, ...],
     rng: Random,
     held_out: bool = False,
+    kinds: Iterable[str] = tuple(KINDS),
 ) -> Question:
-    """A question about `scene` (at most 9 objects), every kind as likely.
+    """A question about `scene` (at most 9 objects), each of `kinds` as likely.
 
     `names` is the vocabulary absent objects come from; `held_out` takes phrasings never trained. A
     world of one background is not asked for it.
     """
-    kinds = [k for k in KINDS if k != "background" or len(backgrounds) > 1]
-    kind = rng.choice(kinds)
+    kind = rng.choice([k for k in kinds if k != "background" or len(backgrounds) > 1])
     subject, answer = KINDS[kind].subject_and_answer(_Look(scene, grid, names, rng))
     texts = KINDS[kind].held_out_texts if held_out else KINDS[kind].texts
     return Question(kind, rng.choice(texts).format(subject), answer)

@@ -23,17 +23,20 @@ from openchameleon.world.splits import SPLITS, WORLD_VERSION, share
 from openchameleon.world.tasks import READING, TASKS, Job, Meta, Sample
 
 MIXTURE: dict[str, float] = {
-    "draw": 0.2,
-    "draw_pair": 0.14,
-    "unconditional": 0.04,
-    "caption": 0.13,
-    "question": 0.18,
+    "draw": 0.18,
+    "draw_pair": 0.1,
+    "unconditional": 0.03,
+    "caption": 0.07,
+    "inventory": 0.12,
+    "question": 0.05,
+    "quiz": 0.08,
+    "drill": 0.13,
     "story": 0.05,
     "story_turn": 0.06,
-    "program_draw": 0.05,
-    "program_read": 0.04,
-    "text": 0.02,
-    "talk": 0.05,
+    "program_draw": 0.04,
+    "program_read": 0.03,
+    "text": 0.01,
+    "talk": 0.03,
     "dialog": 0.04,
 }
 """The shares of the tasks in training data. Pictures without a text are a tenth of the drawing."""
@@ -90,9 +93,11 @@ def sample_records(
         )
 
 
-def all_texts(preset: WorldPreset, n: int, seed: int) -> Iterator[str]:
+def all_texts(
+    preset: WorldPreset, mixture: Mapping[str, float], n: int, seed: int
+) -> Iterator[str]:
     """The text segments of `n` training samples, for training a text tokenizer."""
-    for sample in sample_records(preset, "train", MIXTURE, n, seed, with_pixels=False):
+    for sample in sample_records(preset, "train", mixture, n, seed, with_pixels=False):
         record = sample.record
         turns = [record] if isinstance(record, Document) else [m.document for m in record.messages]
         for document in turns:

@@ -29,6 +29,7 @@ from openchameleon.world.captions import (
     Demand,
     caption,
     describe,
+    inventory,
     listed,
     place_name,
     request,
@@ -36,7 +37,7 @@ from openchameleon.world.captions import (
 )
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.programs import program
-from openchameleon.world.questions import ask
+from openchameleon.world.questions import KINDS, NAMING, ask
 from openchameleon.world.render import render
 from openchameleon.world.scene import Scene
 from openchameleon.world.stories import Story, change, write_story
@@ -85,8 +86,10 @@ class Job:
     foreign: bool
     with_pixels: bool
 
-    def scene(self) -> Scene:
-        return splits.scene(self.split, self.index, self.preset, self.max_objects)
+    def scene(self, at_least: int = 0) -> Scene:
+        """The scene of this number; `at_least` raises the largest number of objects."""
+        largest = max(self.max_objects, at_least)
+        return splits.scene(self.split, self.index, self.preset, largest)
 
     def allowed(self, scene: Scene) -> bool:
         """May a story or a dialog come through this scene?"""
@@ -176,23 +179,38 @@ def _read_caption(job: Job) -> Sample:
     return Sample(_exchange(asked, answer), job.meta("describe", [scene], answer=answer))
 
 
+def _inventory(job: Job) -> Sample:
+    """A picture, then all there is in it: the densest way to learn names with their places."""
+    scene = job.scene()
+    text = inventory(scene, job.preset.grid, job.rng)
+    return Sample(Document([job.shown(scene), text]), job.meta("inventory", [scene]))
+
+
 def _question(job: Job) -> Sample:
     """A picture and a question; in training one to four questions, which share its cost."""
-    return _asked(job, job.rng.randint(1, 4) if job.split == "train" else 1)
+    return _asked(job, job.scene(), job.rng.randint(1, 4) if job.split == "train" else 1)
 
 
 def _quiz(job: Job) -> Sample:
     """A picture and five to eight questions, one after the other."""
-    return _asked(job, job.rng.randint(5, 8))
+    return _asked(job, job.scene(), job.rng.randint(5, 8))
 
 
-def _asked(job: Job, n_questions: int) -> Sample:
+def _drill(job: Job) -> Sample:
+    """A fuller picture and eight to twelve questions that name what is to be found in it.
+
+    To find one of six by its name is hard to guess: that is what makes names bind to codes.
+    """
+    return _asked(job, job.scene(at_least=6), job.rng.randint(8, 12), NAMING)
+
+
+def _asked(job: Job, scene: Scene, n_questions: int, kinds: Iterable[str] = tuple(KINDS)) -> Sample:
     """A picture with its questions as turns; the first stands before or after the picture."""
-    scene, world = job.scene(), job.preset
+    world = job.preset
     held_out = job.split == "unseen_phrasings"
     turns: list[str | Iterable[str | Segment]] = []
     for _ in range(n_questions):
-        question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out)
+        question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out, kinds)
         text = job.typed(question.text)
         asked = text if turns else _either_order(job, job.shown(scene), text)
         turns += [asked, question.answer]
@@ -319,8 +337,10 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
     "draw_pair": _draw_pair,
     "unconditional": _unconditional,
     "caption": _read_caption,
+    "inventory": _inventory,
     "question": _question,
     "quiz": _quiz,
+    "drill": _drill,
     "story": _story,
     "story_turn": _story_turn,
     "program_draw": _program_draw,
@@ -331,5 +351,5 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
 }
 """Every task by name."""
 
-READING = frozenset({"caption", "question", "quiz", "program_read"})
+READING = frozenset({"caption", "inventory", "question", "quiz", "drill", "program_read"})
 """The tasks whose pictures are the user's, so that they may be foreign."""

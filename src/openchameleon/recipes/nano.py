@@ -8,7 +8,7 @@ Hardware: two CPU cores. Time and expected scores: docs/nano.md.
 from __future__ import annotations
 
 from openchameleon.inference.params import ModalityParams, SamplingParams
-from openchameleon.model.config import ModelConfig
+from openchameleon.model.config import PRESETS as MODEL_PRESETS
 from openchameleon.recipes.config import Recipe, StageConfig, TextConfig
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
@@ -17,17 +17,18 @@ from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
-# Instructions only, as people will give them, and many questions to a picture: an answer is two
-# tokens among a hundred, and finding a name in a picture is learned last.
+# Instructions only, as people will give them, and more of what is learned last: finding a name in a
+# picture, and keeping a story's pictures as its sentences say.
 TUNE = {
-    "draw": 0.2,
+    "draw": 0.17,
     "unconditional": 0.02,
-    "caption": 0.1,
+    "caption": 0.08,
     "question": 0.06,
-    "quiz": 0.3,
-    "story_turn": 0.16,
-    "program_draw": 0.04,
-    "program_read": 0.05,
+    "quiz": 0.12,
+    "drill": 0.22,
+    "story_turn": 0.19,
+    "program_draw": 0.03,
+    "program_read": 0.03,
     "talk": 0.04,
     "dialog": 0.05,
 }
@@ -55,40 +56,35 @@ def recipe() -> Recipe:
             restart_until=3600,
             save_every=250,
         ),
-        model=ModelConfig(
-            dim=256,
-            n_layers=6,
-            n_heads=8,
-            n_kv_heads=8,
-            vocab_size=1,  # filled in from the tokenizers
-            max_seq_len=512,
-            ffn_dim=704,
-            norm_placement="input",
-            tie_embeddings=True,
-        ),
+        model=MODEL_PRESETS["nano"],
         row_len=384,
         pretrain=StageConfig(
             train=TrainConfig(
                 steps=4500, batch_size=5, log_every=50, save_every=250, eval_every=1000
             ),
-            optim=OptimConfig(lr=2e-3, warmup_steps=200, decay="cosine", min_lr_ratio=0.2),
+            optim=OptimConfig(
+                lr=4e-3, matrices="muon", warmup_steps=200, decay="cosine", min_lr_ratio=0.3
+            ),
             mixture=MIXTURE,
-            n_shards=8,
+            n_shards=6,
             shard_size=14_000,
+            foreign_share=0.3,
         ),
         tune=StageConfig(
             train=TrainConfig(
-                steps=1200,
+                steps=2700,
                 batch_size=5,
-                loss=LossConfig(code_weight=0.25),
+                loss=LossConfig(code_weight=0.5),
                 log_every=50,
                 save_every=250,
-                eval_every=600,
+                eval_every=1000,
             ),
-            optim=OptimConfig(lr=8e-4, warmup_steps=50, decay="cosine", min_lr_ratio=0.02),
+            optim=OptimConfig(
+                lr=3e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.02
+            ),
             mixture=TUNE,
-            n_shards=2,
-            shard_size=12_000,
+            n_shards=4,
+            shard_size=10_000,
         ),
         sampling=SamplingParams(
             text=ModalityParams(temperature=0.3), image=ModalityParams(temperature=0.1)

@@ -43,7 +43,7 @@ def recipe() -> Recipe:
             autoencoder_warmup_steps=3000,
             restart_until=24_000,
         ),
-        model=replace(MODEL_PRESETS["small"], vocab_size=1),
+        model=MODEL_PRESETS["small"],
         pretrain=pretrain,
         tune=tune,
         row_len=768,

@@ -31,7 +31,7 @@ from openchameleon.recipes.config import Recipe, StageConfig
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.mixed import MixedTokenizer
 from openchameleon.tokenizer.text import load_text_tokenizer, train_text_tokenizer
-from openchameleon.train.checkpoint import load_checkpoint
+from openchameleon.train.checkpoint import checkpoint_hash, load_checkpoint
 from openchameleon.train.image_tokenizer import run_hash, train_image_tokenizer
 from openchameleon.train.loop import fit
 from openchameleon.train.metrics import plot_metrics
@@ -47,8 +47,10 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+    recipe = seeded(recipe)
     source = (recipe.world, recipe.data, recipe.seed)
-    text = config_hash(recipe.text, recipe.vq.n_embed, recipe.vq.n_codes_per_image, *source)
+    codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
+    text = config_hash(recipe.text, recipe.pretrain.mixture, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
     _stage(out / IMAGE, image, lambda: train_image(recipe, out))
@@ -62,6 +64,21 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
     load_weights(model, before)
     Chameleon(folder_config(recipe), model, tokenizer).save(out / MODEL, dtype="bfloat16")
     return out / MODEL
+
+
+def seeded(recipe: Recipe) -> Recipe:
+    """The recipe with its seed added to those of its parts, so that one number changes all."""
+    seed = recipe.seed
+
+    def stage(config: StageConfig) -> StageConfig:
+        return replace(config, train=replace(config.train, seed=config.train.seed + seed))
+
+    return replace(
+        recipe,
+        vq_train=replace(recipe.vq_train, seed=recipe.vq_train.seed + seed),
+        pretrain=stage(recipe.pretrain),
+        tune=stage(recipe.tune),
+    )
 
 
 def device() -> str:
@@ -180,6 +197,7 @@ def train_stage(
         run,
         is_code=is_code,
         hooks=_hooks(recipe, out) if stage.train.eval_every else {},
+        begun_from=checkpoint_hash(before) if before else None,
     )
     plot_metrics(run / "metrics.jsonl", run / "curves.png")
     return checkpoint

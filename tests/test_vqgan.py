@@ -120,7 +120,10 @@ def test_forward_agrees_with_encode_then_decode() -> None:
     with torch.no_grad():
         output = model(pixels)
         assert torch.equal(output.codes, model.encode(pixels))
-        torch.testing.assert_close(output.reconstruction, model.decode(output.codes))
+        # The straight-through sum rounds differently from the codebook's own vectors.
+        torch.testing.assert_close(
+            output.reconstruction, model.decode(output.codes), rtol=0, atol=1e-4
+        )
 
 
 def test_a_batch_row_does_not_depend_on_its_neighbours() -> None:

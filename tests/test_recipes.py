@@ -147,3 +147,10 @@ def test_recipe_files_load(tmp_path: Path) -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'nano'"):
         load_recipe("nanoo")
+
+
+def test_one_seed_changes_every_part_that_draws_at_random() -> None:
+    plain, other = (stages.seeded(replace(load_recipe("nano"), seed=seed)) for seed in (0, 3))
+    assert plain == load_recipe("nano")
+    parts = (other.vq_train.seed, other.pretrain.train.seed, other.tune.train.seed)
+    assert parts == (3, 3, 3)

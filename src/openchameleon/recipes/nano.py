@@ -17,8 +17,8 @@ from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
-# The world's mixture with a third of drills: finding a name among codes takes some sixty thousand
-# questions to be learned, and must be learned while the learning rate is high.
+# The world's mixture, near a third of it drills (weights sum to 1.1): finding a name among codes
+# took some sixty thousand questions on the smallest task that shows it; see docs/LOG.md.
 PRETRAIN = MIXTURE | {
     "draw": 0.16,
     "draw_pair": 0.08,

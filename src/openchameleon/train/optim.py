@@ -16,8 +16,8 @@ class OptimConfig:
     """How weights move. The paper pretrains with lr 1e-4, eps 1e-5 and 4000 warm-up steps.
 
     matrices: what moves the weights of linear layers. The paper's is "adamw"; "muon" (momentum made
-    orthogonal, its steps scaled to be as long as AdamW's, so that `lr` serves both) needs fewer
-    steps to bind names to codes, and half as much time again for each at the size of `nano`.
+    orthogonal, its steps scaled to be as long as AdamW's, so that `lr` serves both) lowered the
+    loss in fewer steps at the size of `nano`, each half as long again; see docs/LOG.md.
     min_lr_ratio: what decay ends at, as a part of `lr`. Exponential decay needs it above 0: the
     paper decays "to 0" at a rate it does not state.
     grad_clip: the largest global gradient norm; larger ones are scaled down to it.

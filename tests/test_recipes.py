@@ -12,7 +12,8 @@ import pytest
 from openchameleon.config import config_hash, from_dict, override, to_dict
 from openchameleon.errors import UserError
 from openchameleon.recipes import RECIPES, load_recipe, run_recipe, stages
-from openchameleon.recipes.config import Recipe, StageConfig, TextConfig
+from openchameleon.recipes.config import STAGES, Recipe, StageConfig, TextConfig
+from openchameleon.recipes.pictures import write_shard
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
 from openchameleon.train.vq_step import VQTrainConfig
@@ -42,8 +43,10 @@ def tiny(data: str | None = None) -> Recipe:
             kmeans_iters=1, perceptual="none", save_every=1, log_every=1,
         ),
         model=replace(nano.model, dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=32),
+        bind=replace(stage, mixture={"inventory": 1.0}),
         pretrain=stage,
         tune=stage,
+        finish=stage,
         row_len=512,
         data=data,
         workers=1,
@@ -152,5 +155,23 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_one_seed_changes_every_part_that_draws_at_random() -> None:
     plain, other = (stages.seeded(replace(load_recipe("nano"), seed=seed)) for seed in (0, 3))
     assert plain == load_recipe("nano")
-    parts = (other.vq_train.seed, other.pretrain.train.seed, other.tune.train.seed)
-    assert parts == (3, 3, 3)
+    assert other.vq_train.seed == 3
+    assert {name: run.train.seed for name, run in other.stages().items()} == {
+        "bind": 3, "pretrain": 3, "tune": 3, "finish": 3,
+    }  # fmt: skip
+
+
+def test_no_two_shards_of_a_recipe_hold_the_same_samples(tmp_path: Path) -> None:
+    recipe = tiny()
+    records = set()
+    runs = [(replace(recipe, seed=seed), name) for seed in (0, 1) for name in STAGES]
+    for i, (seeded, name) in enumerate(runs):
+        for shard in (0, 1):
+            folder = tmp_path / f"{i}-{shard}"
+            write_shard(seeded, name, recipe.pretrain, shard, folder)
+            records.add((folder / "records.jsonl").read_text())
+    assert len(records) == 2 * len(runs)
+
+
+def test_a_recipe_may_have_no_first_and_no_last_stage() -> None:
+    assert list(replace(tiny(), bind=None, finish=None).stages()) == ["pretrain", "tune"]

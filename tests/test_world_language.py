@@ -20,6 +20,7 @@ from openchameleon.world.captions import (
     Relation,
     caption,
     describe,
+    inventory,
     parse_caption,
     plural,
     request,
@@ -35,7 +36,7 @@ from openchameleon.world.sample import (
     write_record,
     write_samples,
 )
-from openchameleon.world.scene import Grid, Placed, Scene, cell_from_name
+from openchameleon.world.scene import Grid, Placed, Scene, cell_from_name, cell_name
 from openchameleon.world.splits import SPLITS, held_out_kinds, trainable
 from openchameleon.world.stories import continue_text, score_story, write_story
 from openchameleon.world.talk import (
@@ -104,6 +105,29 @@ def test_canonical_caption_reads_back(preset) -> None:
     for scene in [*scenes("train", 200, preset), Scene("white")]:
         text = describe(scene, preset.grid)
         assert parse_caption(text, preset.grid, preset.emoji) == scene
+
+
+def test_an_inventory_is_true_and_lists_all_objects_in_any_order() -> None:
+    forms, orders = set(), set()
+    for i, scene in enumerate([*scenes("train", 300, NANO), Scene("white")]):
+        text = inventory(scene, GRID, NANO.emoji, Random(i))
+        entries = (text[0].lower() + text[1:-1]).split("; ")
+        by_cell = {f"{cell_name(GRID, c)} {scene.at(c) or 'nothing'}": c for c in GRID.cells}
+        if entries[0] in by_cell:
+            forms.add("cells")
+            assert set(entries) <= set(by_cell)
+            assert {o.cell for o in scene.objects} <= {by_cell[entry] for entry in entries}
+            continue
+        forms.add("names")
+        places: dict[str, list[str]] = {}
+        for placed in scene.objects:
+            places.setdefault(placed.name, []).append(cell_name(GRID, placed.cell))
+        there = [f"{name} {', '.join(cells)}" for name, cells in places.items()]
+        others = {f"{name} nowhere" for name in {*NANO.emoji, "nothing"} - set(places)}
+        assert set(there) <= set(entries) <= set(there) | others
+        orders.add(tuple(entries) == tuple(there))
+    assert forms == {"cells", "names"}
+    assert orders == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -476,7 +500,15 @@ def test_pictures_are_the_scenes_drawn() -> None:
 def test_foreign_pictures_are_for_reading_only() -> None:
     for task in TASKS:
         foreign = [write_record(task, "foreign", i, NANO, with_pixels=False) for i in range(3)]
-        expected = task in {"caption", "inventory", "question", "quiz", "drill", "program_read"}
+        expected = task in {
+            "caption",
+            "inventory",
+            "question",
+            "quiz",
+            "drill",
+            "search",
+            "program_read",
+        }
         assert {s.meta.foreign for s in foreign} == {expected}
     trained = [write_record("caption", "train", i, NANO, with_pixels=False) for i in range(400)]
     assert sum(s.meta.foreign for s in trained) / 400 == pytest.approx(0.5, abs=0.1)

@@ -16,6 +16,7 @@ from typing import Any
 from openchameleon.evaluation.reconstruction import write_report
 from openchameleon.evaluation.world import SCORES, evaluate_world
 from openchameleon.pipeline import Chameleon
+from openchameleon.recipes.config import STAGES
 from openchameleon.recipes.stages import IMAGE, MODEL
 from openchameleon.train.metrics import plot_metrics
 from openchameleon.world.atlas import PRESETS
@@ -47,7 +48,9 @@ It reads what is at a cell well, but finds a *named* object badly: where, how ma
 near guessing. Its own stories sometimes move an object to where it already is. Phrasings far from the trained
 ones often get a wrong picture. [LOG.md](LOG.md) has what was tried. Trained once, with one seed."""  # noqa: E501
 """What the scores do not say by themselves; to be read again with every new training."""
-RUNS = (IMAGE, "pretrain", "tune")
+TIME = """\
+TO BE WRITTEN"""
+"""How long the training took and on what; to be written again with every new training."""
 
 
 def main() -> None:
@@ -66,14 +69,15 @@ def main() -> None:
     assert image is not None
     pictures = (render(scene("iid", i, preset), preset) for i in range(200))
     report = write_report(image, pictures, out)
-    for name in RUNS:
+    runs = [name for name in STAGES if (run / "runs" / name).exists()]
+    for name in (IMAGE, *runs):
         log = run / "runs" / name / "metrics.jsonl"
         shutil.copy(log, out / f"{name}.jsonl")
-        if name != IMAGE:
+        if name in runs:
             plot_metrics(log, out / f"{name}.png")
     draw_samples(chameleon, out / "samples.png")
     recipe = json.loads((run / "recipe.json").read_text())
-    out.with_suffix(".md").write_text(card(chameleon, recipe, scores, report, out))
+    out.with_suffix(".md").write_text(card(chameleon, recipe, scores, report, runs, out))
 
 
 def draw_samples(chameleon: Chameleon, path: Path) -> None:
@@ -103,6 +107,7 @@ def card(
     recipe: dict[str, Any],
     scores: dict[str, Any],
     report: dict[str, Any],
+    runs: list[str],
     out: Path,
 ) -> str:
     """The card as Markdown."""
@@ -175,10 +180,9 @@ def card(
             "",
             f"Recipe: `src/openchameleon/recipes/{name}.py`. Logs: [{folder}/]({folder}/).",
             "",
-            f"![pretraining]({folder}/pretrain.png)",
+            TIME,
             "",
-            f"![tuning]({folder}/tune.png)",
-            "",
+            *(f"![{name}]({folder}/{name}.png)\n" for name in runs),
         ]
     )
 

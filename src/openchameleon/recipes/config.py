@@ -11,6 +11,9 @@ from openchameleon.train.optim import OptimConfig
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
 
+STAGES = ("bind", "pretrain", "tune", "finish")
+"""The runs of the transformer, in their order."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
@@ -42,8 +45,10 @@ class Recipe:
     """A whole training, tokenizers included.
 
     world: the preset that samples come from; `data`: a folder of records or of captioned pictures
-    used in its place, for both stages. foreign_pictures: share of the image tokenizer's pictures
-    drawn by other means. row_len: tokens in a packed row.
+    used in its place, for every stage. foreign_pictures: share of the image tokenizer's pictures
+    drawn by other means. row_len: tokens in a packed row. bind: a first, short stage on the densest
+    mixture, in which names bind to codes (docs/LOG.md); finish: a last one, mostly of what is
+    learned last. Both may be missing.
     """
 
     name: str
@@ -55,8 +60,15 @@ class Recipe:
     pretrain: StageConfig
     tune: StageConfig
     row_len: int
+    bind: StageConfig | None = None
+    finish: StageConfig | None = None
     seed: int = 0
     data: str | None = None
     foreign_pictures: float = 0.2
     workers: int = 2
     sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The runs that there are, by name, in their order."""
+        runs = {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name, stage in runs.items() if stage is not None}

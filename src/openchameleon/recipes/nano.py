@@ -17,31 +17,45 @@ from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
-# The world's mixture, near a third of it drills (weights sum to 1.1): finding a name among codes
-# took some sixty thousand questions on the smallest task that shows it; see docs/LOG.md.
+# The world's mixture with more questions that name what is to be found.
 PRETRAIN = MIXTURE | {
-    "draw": 0.16,
+    "draw": 0.2,
     "draw_pair": 0.08,
-    "caption": 0.06,
-    "inventory": 0.08,
-    "quiz": 0.05,
-    "drill": 0.33,
+    "caption": 0.08,
+    "inventory": 0.12,
+    "quiz": 0.13,
+    "drill": 0.22,
 }
 
 # Instructions only, as people will give them, and more of what is learned last: questions about
 # pictures drawn by others, and keeping a story's pictures as its sentences say.
 TUNE = {
-    "draw": 0.17,
+    "draw": 0.16,
     "unconditional": 0.02,
-    "caption": 0.08,
-    "question": 0.06,
-    "quiz": 0.12,
-    "drill": 0.22,
-    "story_turn": 0.19,
+    "caption": 0.09,
+    "question": 0.05,
+    "quiz": 0.14,
+    "drill": 0.26,
+    "story_turn": 0.22,
     "program_draw": 0.03,
-    "program_read": 0.03,
+    "program_read": 0.04,
     "talk": 0.04,
     "dialog": 0.05,
+}
+
+# Stories are learned last: that who leaves is gone, and that a story's two are not the same.
+FINISH = {
+    "draw": 0.14,
+    "unconditional": 0.01,
+    "caption": 0.06,
+    "question": 0.04,
+    "quiz": 0.12,
+    "drill": 0.1,
+    "story_turn": 0.5,
+    "program_draw": 0.02,
+    "program_read": 0.03,
+    "talk": 0.04,
+    "dialog": 0.1,
 }
 
 
@@ -69,12 +83,26 @@ def recipe() -> Recipe:
         ),
         model=MODEL_PRESETS["nano"],
         row_len=384,
+        bind=StageConfig(
+            train=TrainConfig(
+                steps=1000,
+                batch_size=5,
+                loss=LossConfig(code_weight=0.1),
+                log_every=50,
+                save_every=100,
+            ),
+            optim=OptimConfig(lr=4e-3, matrices="muon", warmup_steps=50, decay="constant"),
+            mixture={"inventory": 1.0},
+            n_shards=2,
+            shard_size=11_000,
+            foreign_share=0.1,
+        ),
         pretrain=StageConfig(
             train=TrainConfig(
-                steps=3800, batch_size=5, log_every=50, save_every=250, eval_every=1000
+                steps=2500, batch_size=5, log_every=50, save_every=250, eval_every=1000
             ),
             optim=OptimConfig(
-                lr=4e-3, matrices="muon", warmup_steps=200, decay="cosine", min_lr_ratio=0.3
+                lr=4e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.3
             ),
             mixture=PRETRAIN,
             n_shards=6,
@@ -83,7 +111,7 @@ def recipe() -> Recipe:
         ),
         tune=StageConfig(
             train=TrainConfig(
-                steps=2400,
+                steps=2600,
                 batch_size=5,
                 loss=LossConfig(code_weight=0.5),
                 log_every=50,
@@ -91,11 +119,22 @@ def recipe() -> Recipe:
                 eval_every=1000,
             ),
             optim=OptimConfig(
-                lr=3e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.02
+                lr=4e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.02
             ),
             mixture=TUNE,
-            n_shards=4,
-            shard_size=10_000,
+            n_shards=5,
+            shard_size=11_000,
+        ),
+        finish=StageConfig(
+            train=TrainConfig(
+                steps=1000, batch_size=5, log_every=50, save_every=250, eval_every=1000
+            ),
+            optim=OptimConfig(
+                lr=2e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.02
+            ),
+            mixture=FINISH,
+            n_shards=2,
+            shard_size=8_000,
         ),
         sampling=SamplingParams(
             text=ModalityParams(temperature=0.3), image=ModalityParams(temperature=0.1)

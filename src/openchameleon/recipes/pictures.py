@@ -15,7 +15,7 @@ from torch import Tensor
 from openchameleon.data.sources import read_records
 from openchameleon.document import Document, Record, Text
 from openchameleon.errors import UserError
-from openchameleon.recipes.config import Recipe, StageConfig
+from openchameleon.recipes.config import STAGES, Recipe, StageConfig
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.train.image_tokenizer import Pictures
 from openchameleon.vqgan.model import VQModel
@@ -94,7 +94,7 @@ def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folde
     """One shard of a stage's samples, as `world sample` writes them; begun anew if half there."""
     shutil.rmtree(folder, ignore_errors=True)
     preset = PRESETS[recipe.world]
-    seed = (recipe.seed * 2 + (name == "tune")) * 4096 + shard
+    seed = (recipe.seed * len(STAGES) + STAGES.index(name)) * 4096 + shard
     samples = sample_records(
         preset,
         "train",

@@ -17,6 +17,13 @@ from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 
 def recipe() -> Recipe:
     base = nano.recipe()
+    assert base.bind is not None
+    assert base.finish is not None
+    bind = replace(
+        base.bind,
+        train=replace(base.bind.train, steps=2000, batch_size=64, dtype="bfloat16"),
+        n_shards=16,
+    )
     pretrain = replace(
         base.pretrain,
         train=replace(base.pretrain.train, steps=30_000, batch_size=64, dtype="bfloat16"),
@@ -27,6 +34,12 @@ def recipe() -> Recipe:
         base.tune,
         train=replace(base.tune.train, steps=5000, batch_size=64, dtype="bfloat16"),
         optim=replace(base.tune.optim, lr=2e-4),
+        n_shards=16,
+    )
+    finish = replace(
+        base.finish,
+        train=replace(base.finish.train, steps=2000, batch_size=64, dtype="bfloat16"),
+        optim=replace(base.finish.optim, lr=1e-4),
         n_shards=16,
     )
     return replace(
@@ -43,9 +56,11 @@ def recipe() -> Recipe:
             autoencoder_warmup_steps=3000,
             restart_until=24_000,
         ),
-        model=MODEL_PRESETS["small"],
+        model=replace(MODEL_PRESETS["small"], tie_embeddings=False, embedding_std=1.0),
+        bind=bind,
         pretrain=pretrain,
         tune=tune,
+        finish=finish,
         row_len=768,
         workers=8,
     )

@@ -1,4 +1,4 @@
-"""A recipe's stages: BPE, image tokenizer, prepare, pretrain, tune, then the model folder.
+"""A recipe's stages: BPE, image tokenizer, prepare and train (bind, pretrain, tune), model folder.
 
 Each stage writes one folder or file of the run and marks it with the hash of what made it: a
 stage whose mark is right is skipped, so the same command goes on wherever it was cut off.
@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
     _stage(out / IMAGE, image, lambda: train_image(recipe, out))
     before: Path | None = None
-    for name, stage in (("pretrain", recipe.pretrain), ("tune", recipe.tune)):
+    for name, stage in recipe.stages().items():
         rows = prepare_rows(recipe, name, stage, out, config_hash(text, image, recipe.row_len))
         before = train_stage(recipe, name, stage, out, rows, before)
     assert before is not None
@@ -73,12 +73,9 @@ def seeded(recipe: Recipe) -> Recipe:
     def stage(config: StageConfig) -> StageConfig:
         return replace(config, train=replace(config.train, seed=config.train.seed + seed))
 
-    return replace(
-        recipe,
-        vq_train=replace(recipe.vq_train, seed=recipe.vq_train.seed + seed),
-        pretrain=stage(recipe.pretrain),
-        tune=stage(recipe.tune),
-    )
+    stages = {name: stage(config) for name, config in recipe.stages().items()}
+    vq_train = replace(recipe.vq_train, seed=recipe.vq_train.seed + seed)
+    return replace(recipe, vq_train=vq_train, **stages)
 
 
 def device() -> str:

@@ -255,18 +255,31 @@ def describe(scene: Scene, grid: Grid) -> str:
     return capitalised(f"{items}, on {scene.background}.")
 
 
-def inventory(scene: Scene, grid: Grid, rng: Random) -> str:
-    """All there is, in any order: every cell with its object, or every object with its cell.
+def inventory(scene: Scene, grid: Grid, names: tuple[str, ...], rng: Random) -> str:
+    """All there is, in any order: each cell with its object, or each object with its cells.
 
-    The order tells nothing, so each entry is a question about the picture and its answer.
+    Up to two empty cells ("nothing"), or `names` that are not there ("nowhere"), are among them.
+    The order tells nothing, so each entry is a question about the picture and its answer; and the
+    answer follows at once, without a word between: only so does a name learn to look at the codes.
     """
-    if rng.random() < 0.5:
-        cells = rng.sample(grid.cells, len(grid.cells))
-        parts = [f"{cell_name(grid, c)}: {scene.at(c) or 'nothing'}" for c in cells]
-    else:
-        objects = rng.sample(scene.objects, len(scene.objects))
-        parts = [f"{o.name}: {cell_name(grid, o.cell)}" for o in objects]
-    return capitalised("; ".join(parts)) + "."
+    if rng.random() < 0.35:
+        taken = [o.cell for o in scene.objects]
+        empty = [c for c in grid.cells if c not in taken]
+        cells = taken + rng.sample(empty, min(len(empty), rng.randint(0, 2) if taken else 2))
+        rng.shuffle(cells)
+        return _listing(f"{cell_name(grid, c)} {scene.at(c) or 'nothing'}" for c in cells)
+    places: dict[str, str] = {}
+    for placed in scene.objects:
+        cell = cell_name(grid, placed.cell)
+        places[placed.name] = f"{places[placed.name]}, {cell}" if placed.name in places else cell
+    absent = dict.fromkeys(rng.sample(names, rng.randint(0, 2)), "nowhere")
+    entries = list((absent | places).items())
+    rng.shuffle(entries)
+    return _listing(f"{name} {cells}" for name, cells in entries or [("nothing", "nowhere")])
+
+
+def _listing(entries: Iterable[str]) -> str:
+    return capitalised("; ".join(entries)) + "."
 
 
 def parse_caption(text: str, grid: Grid, names: tuple[str, ...]) -> Scene | None:

@@ -181,8 +181,8 @@ def _read_caption(job: Job) -> Sample:
 
 def _inventory(job: Job) -> Sample:
     """A picture, then all there is in it: the densest way to learn names with their places."""
-    scene = job.scene()
-    text = inventory(scene, job.preset.grid, job.rng)
+    scene = job.scene(at_least=6)
+    text = inventory(scene, job.preset.grid, job.preset.emoji, job.rng)
     return Sample(Document([job.shown(scene), text]), job.meta("inventory", [scene]))
 
 

@@ -46,7 +46,6 @@ def tiny(data: str | None = None) -> Recipe:
         bind=replace(stage, mixture={"inventory": 1.0}),
         pretrain=stage,
         tune=stage,
-        finish=stage,
         row_len=512,
         data=data,
         workers=1,
@@ -157,7 +156,7 @@ def test_one_seed_changes_every_part_that_draws_at_random() -> None:
     assert plain == load_recipe("nano")
     assert other.vq_train.seed == 3
     assert {name: run.train.seed for name, run in other.stages().items()} == {
-        "bind": 3, "pretrain": 3, "tune": 3, "finish": 3,
+        "bind": 3, "pretrain": 3, "tune": 3,
     }  # fmt: skip
 
 
@@ -173,5 +172,5 @@ def test_no_two_shards_of_a_recipe_hold_the_same_samples(tmp_path: Path) -> None
     assert len(records) == 2 * len(runs)
 
 
-def test_a_recipe_may_have_no_first_and_no_last_stage() -> None:
-    assert list(replace(tiny(), bind=None, finish=None).stages()) == ["pretrain", "tune"]
+def test_a_recipe_may_have_no_first_stage() -> None:
+    assert list(replace(tiny(), bind=None).stages()) == ["pretrain", "tune"]

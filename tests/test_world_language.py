@@ -130,6 +130,21 @@ def test_an_inventory_is_true_and_lists_all_objects_in_any_order() -> None:
     assert orders == {True, False}
 
 
+def test_changes_follow_from_what_is_said() -> None:
+    kinds: Counter[bool] = Counter()
+    for i in range(150):
+        sample = write_record("changes", "train", i, NANO, with_pixels=False)
+        assert isinstance(sample.record, Document)
+        scenes = sample.meta.scenes
+        texts = [part.text for part in sample.record if isinstance(part, Text)]
+        assert len(sample.record.images) == len(scenes) == len(texts) + 1
+        for text, before, after in zip(texts, scenes, scenes[1:], strict=False):
+            assert continue_text(before, text, GRID, NANO.emoji) == after
+            assert trainable(after)
+            kinds["leaves" in text] += 1
+    assert kinds[True] > 50
+
+
 @pytest.mark.parametrize(
     "text",
     [

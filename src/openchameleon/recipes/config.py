@@ -11,13 +11,16 @@ from openchameleon.train.optim import OptimConfig
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
 
-STAGES = ("bind", "pretrain", "tune", "finish")
+STAGES = ("bind", "pretrain", "tune")
 """The runs of the transformer, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The BPE: `n_text` text ids (256 bytes included), learned from `n_samples` samples."""
+    """The BPE: `n_text` text ids (256 bytes included), learned from `n_samples` samples.
+
+    They are of the world's own mixture, so that a stage's mixture may change and the ids stay.
+    """
 
     n_text: int
     n_samples: int = 20_000
@@ -47,8 +50,7 @@ class Recipe:
     world: the preset that samples come from; `data`: a folder of records or of captioned pictures
     used in its place, for every stage. foreign_pictures: share of the image tokenizer's pictures
     drawn by other means. row_len: tokens in a packed row. bind: a first, short stage on the densest
-    mixture, in which names bind to codes (docs/LOG.md); finish: a last one, mostly of what is
-    learned last. Both may be missing.
+    mixture, in which names bind to codes (docs/LOG.md), if there is one.
     """
 
     name: str
@@ -61,7 +63,6 @@ class Recipe:
     tune: StageConfig
     row_len: int
     bind: StageConfig | None = None
-    finish: StageConfig | None = None
     seed: int = 0
     data: str | None = None
     foreign_pictures: float = 0.2

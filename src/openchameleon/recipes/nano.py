@@ -17,45 +17,33 @@ from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
-# The world's mixture with more questions that name what is to be found.
+# The world's mixture with more of what takes tens of thousands of examples: to find what is named,
+# and to draw what a sentence leaves of the picture before it (docs/LOG.md).
 PRETRAIN = MIXTURE | {
-    "draw": 0.2,
-    "draw_pair": 0.08,
+    "draw": 0.18,
+    "draw_pair": 0.05,
     "caption": 0.08,
     "inventory": 0.12,
     "quiz": 0.13,
     "drill": 0.22,
+    "changes": 0.15,
 }
 
-# Instructions only, as people will give them, and more of what is learned last: questions about
-# pictures drawn by others, and keeping a story's pictures as its sentences say.
+# Instructions, nearly all of it, as people will give them, and more of what is learned last:
+# questions about pictures drawn by others, and keeping a story's pictures as its sentences say.
 TUNE = {
     "draw": 0.16,
     "unconditional": 0.02,
     "caption": 0.09,
     "question": 0.05,
-    "quiz": 0.14,
-    "drill": 0.26,
-    "story_turn": 0.22,
+    "quiz": 0.12,
+    "drill": 0.18,
+    "changes": 0.08,
+    "story_turn": 0.24,
     "program_draw": 0.03,
     "program_read": 0.04,
     "talk": 0.04,
-    "dialog": 0.05,
-}
-
-# Stories are learned last: that who leaves is gone, and that a story's two are not the same.
-FINISH = {
-    "draw": 0.14,
-    "unconditional": 0.01,
-    "caption": 0.06,
-    "question": 0.04,
-    "quiz": 0.12,
-    "drill": 0.1,
-    "story_turn": 0.5,
-    "program_draw": 0.02,
-    "program_read": 0.03,
-    "talk": 0.04,
-    "dialog": 0.1,
+    "dialog": 0.06,
 }
 
 
@@ -99,7 +87,7 @@ def recipe() -> Recipe:
         ),
         pretrain=StageConfig(
             train=TrainConfig(
-                steps=2500, batch_size=5, log_every=50, save_every=250, eval_every=1000
+                steps=3000, batch_size=5, log_every=50, save_every=250, eval_every=1000
             ),
             optim=OptimConfig(
                 lr=4e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.3
@@ -124,17 +112,6 @@ def recipe() -> Recipe:
             mixture=TUNE,
             n_shards=5,
             shard_size=11_000,
-        ),
-        finish=StageConfig(
-            train=TrainConfig(
-                steps=1000, batch_size=5, log_every=50, save_every=250, eval_every=1000
-            ),
-            optim=OptimConfig(
-                lr=2e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.02
-            ),
-            mixture=FINISH,
-            n_shards=2,
-            shard_size=8_000,
         ),
         sampling=SamplingParams(
             text=ModalityParams(temperature=0.3), image=ModalityParams(temperature=0.1)

@@ -22,7 +22,7 @@ from openchameleon.vqgan.model import VQModel
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.render import render
-from openchameleon.world.sample import all_texts, sample_records, write_samples
+from openchameleon.world.sample import MIXTURE, all_texts, sample_records, write_samples
 from openchameleon.world.splits import dense_scene
 
 NAME_REPEATS = 60
@@ -87,7 +87,7 @@ def texts(recipe: Recipe) -> Iterator[str]:
     # Names alone as well, often: a name should be one piece, whatever stands before it.
     for name in preset.emoji:
         yield from [name, f" {name}"] * NAME_REPEATS
-    yield from all_texts(preset, recipe.pretrain.mixture, recipe.text.n_samples, recipe.seed)
+    yield from all_texts(preset, MIXTURE, recipe.text.n_samples, recipe.seed)
 
 
 def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folder: Path) -> None:

@@ -18,7 +18,6 @@ from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 def recipe() -> Recipe:
     base = nano.recipe()
     assert base.bind is not None
-    assert base.finish is not None
     bind = replace(
         base.bind,
         train=replace(base.bind.train, steps=2000, batch_size=64, dtype="bfloat16"),
@@ -34,12 +33,6 @@ def recipe() -> Recipe:
         base.tune,
         train=replace(base.tune.train, steps=5000, batch_size=64, dtype="bfloat16"),
         optim=replace(base.tune.optim, lr=2e-4),
-        n_shards=16,
-    )
-    finish = replace(
-        base.finish,
-        train=replace(base.finish.train, steps=2000, batch_size=64, dtype="bfloat16"),
-        optim=replace(base.finish.optim, lr=1e-4),
         n_shards=16,
     )
     return replace(
@@ -60,7 +53,6 @@ def recipe() -> Recipe:
         bind=bind,
         pretrain=pretrain,
         tune=tune,
-        finish=finish,
         row_len=768,
         workers=8,
     )

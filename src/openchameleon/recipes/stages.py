@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ from openchameleon.train.image_tokenizer import run_hash, train_image_tokenizer
 from openchameleon.train.loop import fit
 from openchameleon.train.metrics import plot_metrics
 from openchameleon.vocab import Vocab
+from openchameleon.world.sample import MIXTURE
 
 TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
 
@@ -50,7 +52,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
     recipe = seeded(recipe)
     source = (recipe.world, recipe.data, recipe.seed)
     codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
-    text = config_hash(recipe.text, recipe.pretrain.mixture, *codes, *source)
+    text = config_hash(recipe.text, MIXTURE, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
     _stage(out / IMAGE, image, lambda: train_image(recipe, out))
@@ -73,7 +75,7 @@ def seeded(recipe: Recipe) -> Recipe:
     def stage(config: StageConfig) -> StageConfig:
         return replace(config, train=replace(config.train, seed=config.train.seed + seed))
 
-    stages = {name: stage(config) for name, config in recipe.stages().items()}
+    stages: dict[str, Any] = {name: stage(run) for name, run in recipe.stages().items()}
     vq_train = replace(recipe.vq_train, seed=recipe.vq_train.seed + seed)
     return replace(recipe, vq_train=vq_train, **stages)
 

@@ -38,6 +38,7 @@ MIXTURE: dict[str, float] = {
     "text": 0.01,
     "talk": 0.03,
     "dialog": 0.04,
+    "changes": 0.05,
 }
 """The shares of the tasks in training data. Pictures without a text are a tenth of the drawing."""
 

@@ -327,6 +327,23 @@ def _dialog(job: Job) -> Sample:
     return Sample(_exchange(*turns), job.meta("dialog", scenes, demand, answer))
 
 
+def _changes(job: Job) -> Sample:
+    """A fuller picture and what happens in it, change by change: who leaves is gone from the next.
+
+    Stories are told of few, who seldom leave: too seldom for a model to learn what that means.
+    """
+    scenes = [job.scene(at_least=6)]
+    parts: list[str | Segment] = [job.drawn(scenes[0])]
+    for _ in range(4):
+        changed = _changed(job, scenes[-1])
+        if changed is None:
+            break
+        text, scene = changed
+        scenes.append(scene)
+        parts += [text, job.drawn(scene)]
+    return Sample(Document(parts), job.meta("changes", scenes))
+
+
 def _changed(job: Job, scene: Scene) -> tuple[str, Scene] | None:
     newcomers = tuple(n for n in job.preset.emoji if n not in scene.names())
     return change(scene, job.preset.grid, newcomers, job.rng, job.allowed)
@@ -348,6 +365,7 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
     "text": _text,
     "talk": _talk,
     "dialog": _dialog,
+    "changes": _changes,
 }
 """Every task by name."""
 

@@ -199,7 +199,7 @@ def _quiz(job: Job) -> Sample:
 def _drill(job: Job) -> Sample:
     """A fuller picture and eight to twelve questions that name what is to be found in it.
 
-    To find one of six by its name is hard to guess: that is what makes names bind to codes.
+    To find one of six by its name is hard to guess.
     """
     return _asked(job, job.scene(at_least=6), job.rng.randint(8, 12), NAMING)
 

@@ -19,7 +19,8 @@ STAGES = ("bind", "pretrain", "tune")
 class TextConfig:
     """The BPE: `n_text` text ids (256 bytes included), learned from `n_samples` samples.
 
-    They are of the world's own mixture, so that a stage's mixture may change and the ids stay.
+    They are of the data folder, or of the world's own mixture: so a stage's mixture may change and
+    the ids stay.
     """
 
     n_text: int

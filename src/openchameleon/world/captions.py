@@ -260,7 +260,7 @@ def inventory(scene: Scene, grid: Grid, names: tuple[str, ...], rng: Random) -> 
 
     Up to two empty cells ("nothing"), or `names` that are not there ("nowhere"), are among them.
     The order tells nothing, so each entry is a question about the picture and its answer; and the
-    answer follows at once, without a word between: only so does a name learn to look at the codes.
+    answer follows at once: with a word between, names did not bind to codes (docs/LOG.md).
     """
     if rng.random() < 0.35:
         taken = [o.cell for o in scene.objects]

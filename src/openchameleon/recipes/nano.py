@@ -93,7 +93,7 @@ def recipe() -> Recipe:
                 lr=4e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.3
             ),
             mixture=PRETRAIN,
-            n_shards=6,
+            n_shards=5,
             shard_size=12_000,
             foreign_share=0.2,
         ),

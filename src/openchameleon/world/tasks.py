@@ -328,19 +328,24 @@ def _dialog(job: Job) -> Sample:
 
 
 def _changes(job: Job) -> Sample:
-    """A fuller picture and what happens in it, change by change: who leaves is gone from the next.
+    """A fuller picture and what happens in it, one to three changes to a picture.
 
-    Stories are told of few, who seldom leave: too seldom for a model to learn what that means.
+    Stories are told of few, one change at a time: what a name has to do with what is gone from the
+    next picture shows there too seldom to be learned.
     """
-    scenes = [job.scene(at_least=6)]
-    parts: list[str | Segment] = [job.drawn(scenes[0])]
+    scene = job.scene(at_least=8)
+    scenes: list[Scene] = [scene]
+    parts: list[str | Segment] = [job.drawn(scene)]
     for _ in range(4):
-        changed = _changed(job, scenes[-1])
-        if changed is None:
+        said: list[str] = []
+        for _ in range(job.rng.choice((1, 2, 3))):
+            if (changed := _changed(job, scene)) is not None:
+                text, scene = changed
+                said.append(text)
+        if not said:
             break
-        text, scene = changed
         scenes.append(scene)
-        parts += [text, job.drawn(scene)]
+        parts += [" ".join(said), job.drawn(scene)]
     return Sample(Document(parts), job.meta("changes", scenes))
 
 

@@ -25,7 +25,7 @@ from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
 from openchameleon.train import loop
 from openchameleon.train.checkpoint import NoSpaceError, load_checkpoint
-from openchameleon.train.loop import Hook, Stopped, TrainConfig, fit
+from openchameleon.train.loop import Hook, Stopped, TrainConfig, _as_configured, fit
 from openchameleon.train.metrics import MetricsLog, plot_metrics, read_metrics
 from openchameleon.train.optim import OptimConfig
 from openchameleon.vocab import Vocab
@@ -216,21 +216,22 @@ def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert losses(run) == losses(uninterrupted)
 
 
+@pytest.mark.parametrize("at", [3, CONFIG.steps])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_stops(
-    number: signal.Signals, uninterrupted: Path, run: Path
+    number: signal.Signals, at: int, uninterrupted: Path, run: Path
 ) -> None:
     config = dataclasses.replace(CONFIG, eval_every=1)
 
     def send(model: Transformer, step: int) -> dict[str, float]:
-        if step == 3:
+        if step == at:
             os.kill(os.getpid(), number)
         return {}
 
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"by {number.name} after step 3") as stopped:
+    with pytest.raises(Stopped, match=f"by {number.name} after step {at}") as stopped:
         train(run, config, hooks={"send": send})
-    assert stopped.value.path.name == "step-00000003"
+    assert stopped.value.path.name == f"step-{at:08}"
     assert signal.getsignal(number) == before
     train(run, config)
     assert bits(final(run)) == bits(final(uninterrupted))
@@ -318,6 +319,30 @@ def test_hooks_are_called_in_eval_mode_and_logged_as_scores(uninterrupted: Path,
     assert bits(final(run)) == bits(final(uninterrupted))
 
 
+def test_hooks_see_the_model_as_it_is_saved_whatever_it_trains_in(run: Path) -> None:
+    token_ids = torch.arange(8)[None]
+    seen = []
+
+    def hook(model: Transformer, step: int) -> dict[str, float]:
+        saved = Transformer(MODEL).eval()
+        saved.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            seen.append(torch.equal(model(token_ids), saved(token_ids)))
+        return {}
+
+    train(run, dataclasses.replace(CONFIG, eval_every=6, dtype="bfloat16"), hooks={"look": hook})
+    assert seen == [True, True]
+
+
+def test_a_step_is_saved_before_a_hook_can_fail(run: Path) -> None:
+    def fail(model: Transformer, step: int) -> dict[str, float]:
+        raise RuntimeError("no score")
+
+    with pytest.raises(RuntimeError, match="no score"):
+        train(run, dataclasses.replace(CONFIG, eval_every=5), hooks={"fail": fail})
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 def with_bad_steps(rows: Path, bad: set[int]) -> RowLoader:
     """A loader whose batches of the steps `bad` have a loss that is not finite."""
 
@@ -384,6 +409,9 @@ def test_bfloat16_products_train_float32_weights(run: Path, uninterrupted: Path)
     path = train(run, dataclasses.replace(CONFIG, dtype="bfloat16"))
     tensors, _ = load_checkpoint(path)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+    model = Transformer(MODEL)
+    with _as_configured(model, TrainConfig(1, 1, dtype="bfloat16")):
+        assert model.hidden(torch.arange(8)[None]).dtype == torch.bfloat16  # so is the head
     lower, exact = (read_metrics(r / "metrics.jsonl")[-1]["loss"] for r in (run, uninterrupted))
     assert lower != exact  # it did run in another dtype
     assert lower == pytest.approx(exact, rel=0.05)

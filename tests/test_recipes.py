@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from openchameleon.recipes.config import STAGES, Recipe, StageConfig, TextConfig
 from openchameleon.recipes.pictures import write_shard
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
+from openchameleon.train.run_folder import locked
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
 
@@ -99,10 +105,64 @@ def test_a_run_cut_between_stages_goes_on_to_the_same_weights(
         assert (resumed / file).read_bytes() == (model / file).read_bytes(), file
 
 
-def test_a_folder_of_another_config_is_refused(run: tuple[Recipe, Path, Path]) -> None:
+def test_a_folder_of_another_config_is_refused_and_left_as_it_is(
+    run: tuple[Recipe, Path, Path],
+) -> None:
     recipe, out, _ = run
     with pytest.raises(UserError, match="another config"):
         run_recipe(replace(recipe, seed=1), out)
+    assert from_dict(Recipe, json.loads((out / "recipe.json").read_text())) == recipe
+
+
+def test_what_is_removed_is_made_again(run: tuple[Recipe, Path, Path], tmp_path: Path) -> None:
+    recipe, done, _ = run
+    out = tmp_path / "tiny"
+    shutil.copytree(done, out)
+    (out / "tokenizer.model").unlink()
+    shutil.rmtree(out / "rows" / "tune-000")
+    run_recipe(recipe, out)
+    for file in ("tokenizer.model", "rows/tune-000/tokens.npy"):
+        assert (out / file).read_bytes() == (done / file).read_bytes()
+
+
+def test_a_folder_in_use_is_refused(run: tuple[Recipe, Path, Path]) -> None:
+    recipe, out, _ = run
+    with locked(out), pytest.raises(UserError, match="is being trained by process"):
+        run_recipe(recipe, out)
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    code = (
+        "import time\n"
+        "from multiprocessing import get_context\n"
+        "from pathlib import Path\n"
+        "import os\n"
+        "from openchameleon.recipes.stages import _end_with\n"
+        "if __name__ == '__main__':\n"
+        "    pool = get_context('spawn').Pool(1, _end_with, (os.getpid(),))\n"
+        "    print(pool.apply(os.getpid), flush=True)\n"
+        "    pool.apply(time.sleep, (60,))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # one that ended, but that nobody has asked about yet, is no longer running
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return not status.stdout.startswith("Z")
 
 
 def test_a_users_captioned_pictures_train_with_the_same_command(tmp_path: Path) -> None:
@@ -114,6 +174,9 @@ def test_a_users_captioned_pictures_train_with_the_same_command(tmp_path: Path) 
     recipe = replace(tiny(str(folder)), text=TextConfig(n_text=290))
     model = run_recipe(recipe, tmp_path / "out")
     assert json.loads((model / "config.json").read_text())["name"] == "tiny"
+    (folder / "3.txt").write_text("Not plain.")
+    with pytest.raises(UserError, match="another config"):  # its texts have changed since
+        run_recipe(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", RECIPES)

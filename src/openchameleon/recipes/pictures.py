@@ -22,10 +22,32 @@ from openchameleon.vqgan.model import VQModel
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.render import render
-from openchameleon.world.sample import MIXTURE, all_texts, sample_records, write_samples
-from openchameleon.world.splits import dense_scene
+from openchameleon.world.sample import (
+    MIXTURE,
+    TEXTS_VERSION,
+    all_texts,
+    sample_records,
+    write_samples,
+)
+from openchameleon.world.splits import WORLD_VERSION, dense_scene
 
 NAME_REPEATS = 60
+
+
+def fingerprint(recipe: Recipe) -> list[object]:
+    """Changes with what there is to learn from: the world and its texts, or a folder's files.
+
+    Files count by name, size and time of change; nothing is read.
+    """
+    if recipe.data is None:
+        return [recipe.world, WORLD_VERSION, TEXTS_VERSION]
+    path = Path(recipe.data)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    try:
+        stats = [(file, file.stat()) for file in files]
+    except OSError as error:
+        raise UserError(f"There is no folder or file {path}.") from error
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def picture_source(recipe: Recipe) -> Pictures:
@@ -39,7 +61,8 @@ def _world_pictures(recipe: Recipe) -> Pictures:
     def batch(step: int, batch_size: int) -> Tensor:
         images = []
         for index in range(step * batch_size, (step + 1) * batch_size):
-            scene, rng = dense_scene(index, preset), Random(f"{recipe.seed}/{index}")
+            scene = dense_scene(recipe.seed * 10**9 + index, preset)
+            rng = Random(f"{recipe.seed}/{index}")
             foreign = rng.random() < recipe.foreign_pictures
             picture = render_foreign(scene, preset, rng) if foreign else render(scene, preset)
             images.append(np.asarray(picture))

@@ -7,8 +7,10 @@ stage whose mark is right is skipped, so the same command goes on wherever it wa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +38,7 @@ from openchameleon.train.checkpoint import checkpoint_hash, load_checkpoint
 from openchameleon.train.image_tokenizer import run_hash, train_image_tokenizer
 from openchameleon.train.loop import fit
 from openchameleon.train.metrics import plot_metrics
+from openchameleon.train.run_folder import locked
 from openchameleon.vocab import Vocab
 from openchameleon.world.sample import MIXTURE
 
@@ -45,12 +48,16 @@ TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
 def run_recipe(recipe: Recipe, out: Path) -> Path:
     """Runs what is not done yet of `recipe` in the folder `out`; returns the model folder.
 
-    UserError where `out` holds the stages of another config.
+    UserError where `out` holds the stages of another config, or is in use.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
-    recipe = seeded(recipe)
-    source = (recipe.world, recipe.data, recipe.seed)
+    with locked(out):
+        model = _run_stages(seeded(recipe), out)
+        (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+        return model
+
+
+def _run_stages(recipe: Recipe, out: Path) -> Path:
+    source = (pictures.fingerprint(recipe), recipe.seed)
     codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
     text = config_hash(recipe.text, MIXTURE, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
@@ -132,20 +139,33 @@ def prepare_rows(
 ) -> list[Path]:
     """Packed rows of the stage's data, shard by shard in `workers` processes."""
     data = (stage.mixture, stage.shard_size, stage.answers_only, stage.foreign_share)
-    mark = config_hash(tokenizers, name, recipe.world, recipe.data, recipe.seed, *data)
+    mark = config_hash(tokenizers, name, pictures.fingerprint(recipe), recipe.seed, *data)
     n_shards = 1 if recipe.data else stage.n_shards
     jobs = [(recipe, name, stage, out, mark, shard, n_shards) for shard in range(n_shards)]
     if recipe.workers > 1 and n_shards > 1:
         # Not forked: torch's threads do not survive a fork.
-        with get_context("spawn").Pool(recipe.workers) as pool:
+        with get_context("spawn").Pool(recipe.workers, _end_with, (os.getpid(),)) as pool:
             done = pool.imap(_prepare_shard, jobs)
             return list(track(done, f"prepare {name}", n_shards, "shards"))
     return [prepare_shard(*job) for job in jobs]
 
 
-def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int, int]) -> Path:
-    """`prepare_shard` in a worker: its processes share the cores, one thread each."""
+def _end_with(parent: int) -> None:
+    """Sets up a worker: one thread, since they share the cores, and no life after its parent's.
+
+    One that goes on after a kill would write beside the workers of the run that takes over.
+    """
     torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int, int]) -> Path:
     return prepare_shard(*job)
 
 
@@ -160,8 +180,8 @@ def prepare_shard(
     source = Path(recipe.data) if recipe.data else out / "samples" / f"{name}-{shard:03}"
     if not recipe.data:
         made_by = config_hash(
-            name, shard, recipe.world, recipe.seed, stage.mixture, stage.shard_size,
-            stage.foreign_share,
+            name, shard, pictures.fingerprint(recipe), recipe.seed, stage.mixture,
+            stage.shard_size, stage.foreign_share,
         )  # fmt: skip
         if not _is_done(source, made_by):
             pictures.write_shard(recipe, name, stage, shard, source)
@@ -195,7 +215,7 @@ def train_stage(
         stage.optim,
         run,
         is_code=is_code,
-        hooks=_hooks(recipe, out) if stage.train.eval_every else {},
+        hooks=_hooks(recipe, out),
         begun_from=checkpoint_hash(before) if before else None,
     )
     plot_metrics(run / "metrics.jsonl", run / "curves.png")
@@ -230,7 +250,7 @@ def _mark_of(path: Path) -> Path:
 def _is_done(path: Path, mark: str) -> bool:
     """Whether the stage's output is there. UserError if another config made it."""
     file = _mark_of(path)
-    if not file.exists():
+    if not path.exists() or not file.exists():
         return False
     if file.read_text() != mark:
         raise UserError(

@@ -50,7 +50,7 @@ class TrainConfig:
     """What a run is. Batches have `batch_size` rows, worked through `micro_batch_size` at a time.
 
     eval_every: steps between calls of the hooks, which are also called after the last step; 0
-    means only then. keep: checkpoints left on disk. threads: of torch; None leaves them alone.
+    never calls them. keep: checkpoints left on disk. threads: of torch; None leaves them alone.
     dtype: what matrix products run in; weights and optimizer are float32.
     """
 
@@ -129,7 +129,7 @@ def fit(
         finally:
             run.close()
         path = run.save()
-        if received and run.step < last:
+        if received:
             raise Stopped(path, run.step, received[0])
         return path
 
@@ -192,10 +192,10 @@ class _Run:
         self.busy += time.perf_counter() - start
         self.n_tokens += metrics.n_tokens
         self.report(metrics, lr)
-        if self.is_due(self.config.eval_every):
-            self.evaluate()
         if self.is_due(self.config.save_every):
             self.save_if_space()
+        if self.config.eval_every and self.is_due(self.config.eval_every):
+            self.evaluate()
 
     def update(self, lr: float) -> StepMetrics:
         """Trains on the batch of this step."""
@@ -216,8 +216,8 @@ class _Run:
         )
 
     def is_due(self, every: int) -> bool:
-        """Whether this step is one of `every`; 0 is never. The last step is always due."""
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+        """Whether this step is one of `every`. The last step is always due."""
+        return self.step == self.config.steps or self.step % every == 0
 
     def report(self, metrics: StepMetrics, lr: float) -> None:
         """The log line where it is due, and the progress line."""
@@ -230,11 +230,12 @@ class _Run:
         self.progress.update(self.step, " | ".join(["", f"{speed:,.0f} tokens/s", *losses]))
 
     def evaluate(self) -> None:
-        """Calls the hooks and logs what they return."""
-        for name, hook in self.hooks.items():
-            self.model.eval()
-            if scores := hook(self.model, self.step):
-                self.log.log(self.step, {f"{SCORE}{name}/{k}": v for k, v in scores.items()})
+        """Calls the hooks, for which the model is as it is saved, and logs what they return."""
+        with _as_saved(self.model):
+            for name, hook in self.hooks.items():
+                self.model.eval()
+                if scores := hook(self.model, self.step):
+                    self.log.log(self.step, {f"{SCORE}{name}/{k}": v for k, v in scores.items()})
 
     def pass_over(self, error: FloatingPointError) -> None:
         """Leaves out a step that is not finite; after three in a row saves and ends the run."""
@@ -295,10 +296,9 @@ def _as_configured(model: Transformer, config: TrainConfig) -> Iterator[None]:
     if config.dtype == "float32" and not config.compile:
         yield
         return
-    hidden = model.hidden
+    hidden: Callable[..., Tensor] = model.hidden
     if config.dtype == "bfloat16":
-        device = next(model.parameters()).device.type
-        hidden = torch.autocast(device, torch.bfloat16)(hidden)
+        hidden = _in_bfloat16(hidden, next(model.parameters()).device.type)
     if config.compile:
         hidden = torch.compile(hidden)
     model.hidden = hidden  # type: ignore[method-assign]
@@ -306,3 +306,24 @@ def _as_configured(model: Transformer, config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         del model.hidden  # the class's method shows again
+
+
+def _in_bfloat16(hidden: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """Its result too, since the output head's products run in the dtype of what they are given."""
+
+    def in_bfloat16(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return hidden(*args, **kwargs).to(torch.bfloat16)
+
+    return in_bfloat16
+
+
+@contextmanager
+def _as_saved(model: Transformer) -> Iterator[None]:
+    """Undoes `_as_configured` for a while."""
+    configured = model.__dict__.pop("hidden", None)
+    try:
+        yield
+    finally:
+        if configured is not None:
+            model.hidden = configured  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
 """Samples in numbers: record i of a split, mixtures of tasks, and data sets on disk.
 
-A record is a function of (WORLD_VERSION, task, split, index, preset) alone; a mixture chooses the
-task of a number by hash, so that any part of a data set can be made anywhere, in any order.
+A record is a function of (WORLD_VERSION, TEXTS_VERSION, task, split, index, preset) alone; a
+mixture chooses the task of a number by hash, so that any part of a data set can be made anywhere,
+in any order.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from openchameleon.world.atlas import WorldPreset
 from openchameleon.world.programs import program
 from openchameleon.world.splits import SPLITS, WORLD_VERSION, share
 from openchameleon.world.tasks import READING, TASKS, Job, Meta, Sample
+
+TEXTS_VERSION = 1
+"""Raised when the same scenes get other texts, so that a run does not go on with the old ones."""
 
 MIXTURE: dict[str, float] = {
     "draw": 0.18,
@@ -132,6 +136,7 @@ def write_samples(folder: Path, samples: Iterable[Sample], total: int, preset: W
             tasks[sample.meta.task] += 1
     index = {
         "world_version": WORLD_VERSION,
+        "texts_version": TEXTS_VERSION,
         "preset": preset.name,
         "n_samples": tasks.total(),
         "n_pictures": n_pictures,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from common import once, parser, report
@@ -34,7 +36,7 @@ def main() -> None:
     gradients = 4 * (hidden.numel() + head.numel()) / 2**30
     theirs = once(naive)["peak_gib"]
     for chunk in (LossConfig().chunk, 64):
-        ours = once(lambda chunk=chunk: chunked(chunk))["peak_gib"]
+        ours = once(partial(chunked, chunk))["peak_gib"]
         report(
             "loss_memory",
             args.out,

@@ -16,7 +16,7 @@ from openchameleon.tokenizer.text import TextTokenizer, train_text_tokenizer
 from openchameleon.vqgan.model import VQModel
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.render import render
-from openchameleon.world.sample import all_texts
+from openchameleon.world.sample import MIXTURE, all_texts
 from openchameleon.world.splits import dense_scene
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     n_samples, n_pictures = (50, 2) if args.quick else (2000, 64)
     text, image, name = load(quick=args.quick)
     preset = PRESETS[recipe().world]
-    texts = list(all_texts(preset, n_samples, seed=1))
+    texts = list(all_texts(preset, MIXTURE, n_samples, seed=1))
     ids = [text.encode(t) for t in texts]
     drawn = [render(dense_scene(i, preset), preset) for i in range(n_pictures)]
     codes = image.encode(drawn)

@@ -6,6 +6,8 @@ library's loss on codes is infinite; it has the same optimizer and clipping, but
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from common import MATMUL_OPS, Run, matmul, medians, parser, report
@@ -47,7 +49,7 @@ def our_step(config: ModelConfig, ids: np.ndarray, n_documents: int) -> Run:
     optimizer = make_optimizer(model, OptimConfig())
     doc_ids = np.arange(ids.shape[1]) * n_documents // ids.shape[1] + 1
     batch = make_batch(ids, np.broadcast_to(doc_ids, ids.shape), np.ones(ids.shape), pad_id=1)
-    rest = {"lr": 1e-4, "grad_clip": 1.0, "is_code": is_code}
+    rest: dict[str, Any] = {"lr": 1e-4, "grad_clip": 1.0, "is_code": is_code}
     return lambda: train_step(model, optimizer, [batch], LossConfig(), **rest)
 
 
@@ -57,7 +59,7 @@ def their_step(config: ModelConfig, ids: np.ndarray) -> Run | None:
     except ImportError:
         return None
     idle = {"base_channels": 32, "channel_multiplier": [1], "resolution": 8}  # its image tokenizer
-    theirs = {
+    theirs: dict[str, Any] = {
         "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "vq_config": idle,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads, "tie_word_embeddings": config.tie_embeddings,

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import PIL.Image
 import pytest
 
 from openchameleon import pipeline
-from openchameleon.cli.main import main
+from openchameleon.cli.main import main, parse
 from openchameleon.document import Conversation, Document, Image
 from openchameleon.preview import half_blocks, preview, way_of
 from openchameleon.tokenizer.mixed import ImageDone, ImageProgress, TextDelta
@@ -127,6 +128,38 @@ def test_an_answer_is_never_overwritten_unless_forced(
     assert main([*command, "--force"]) == 0
 
 
+def test_a_forced_answer_leaves_nothing_of_the_one_before(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("image-1.png", "image-2.png", "response.md", "mine.txt"):
+        (out / name).write_text("old")
+    monkeypatch.setattr(pipeline.Chameleon, "stream", lambda *_, **__: iter([TextDelta("New.")]))
+    command = ["generate", "what", "--model", str(model_folder), "--out", "out", "--force"]
+    assert main(command) == 0
+    assert {p.name: p.read_text() for p in out.iterdir()} == {
+        "mine.txt": "old",
+        "response.md": "New.\n",
+    }
+
+
+def test_the_answer_is_written_when_its_reader_has_gone(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(pipeline.Chameleon, "stream", lambda *_, **__: iter([TextDelta("Hm.")]))
+    command = ["generate", "what", "--model", str(model_folder), "--out", "out"]
+    options = parse(command)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        options.run(options)
+    assert (tmp_path / "out/response.md").read_text() == "Hm.\n"
+
+
 def test_what_came_before_an_interruption_is_kept(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +187,7 @@ def test_two_at_signs_are_one_literal(model_folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pipeline.Chameleon, "stream", listen)
     assert main(["generate", "@@home", "a@b", "--model", str(model_folder)]) == 0
-    assert seen == ["@homea@b"]
+    assert seen == ["@home a@b"]
 
 
 # bad pictures
@@ -390,6 +423,59 @@ def test_an_unknown_recipe_or_key_names_the_nearest(capsys: pytest.CaptureFixtur
     assert "'nano'" in refusal(capsys, "train", "nanno")
     assert "Unknown key 'no'" in refusal(capsys, "train", "nano", "no.such=1")
     assert "Did you mean 'seed'?" in refusal(capsys, "train", "nano", "sed=1")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "nano", "world=nan"], "'nan' is not one of nano"),
+        (["train", "nano", 'tune.mixture={"drwa": 1}'], "no task 'drwa'. Did you mean 'draw'"),
+        (["train", "nano", "model.tie_embeddings=true"], "embedding_std"),
+        (["train", "nano", "vq.dropout=2.0"], "dropout"),
+        (["train", "five.json"], "is no recipe"),
+        (["train", "notes.txt"], "is no recipe"),
+        (["train", "five.py"], "is no recipe"),
+        (["train", "nano", "--out", "notes.txt"], "Cannot write to"),
+        (["world", "sample", "--out", "notes.txt/here"], "Cannot write to"),
+        (["world", "sample", "--out", "."], "images already exists"),
+        (["demo", "--out", "."], "image-mine.png is not of a demo"),
+        (["evaluate", "world", "--out", "."], "scores.json exists already"),
+        (["tokenizer", "text", "notes.txt", "--out", "t.model"], "t.model exists already"),
+        (["tokenizer", "report", ".", "images", "--out", "r"], "no readable image tokenizer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_sentence_and_nothing_is_lost(
+    command: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "images/mine.png")
+    there = {
+        "five.json": "5",
+        "five.py": "def recipe():\n    return 5\n",
+        "notes.txt": "raise SystemExit('I was run')",
+        "image-mine.png": "a picture",
+        "scores.json": "{}",
+        "t.model": "mine",
+        "config.json": "{",
+    }
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    assert words in refusal(capsys, *command)
+    assert {name: (tmp_path / name).read_text() for name in there} == there
+
+
+def test_an_interrupted_training_does_not_end_in_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openchameleon import recipes
+    from openchameleon.train.loop import Stopped
+
+    def stop(*_: object) -> None:
+        raise Stopped(Path("step-00000003"), 3, "SIGINT")
+
+    monkeypatch.setattr(recipes, "run_recipe", stop)
+    assert main(["train", "nano"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

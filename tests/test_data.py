@@ -17,7 +17,7 @@ from openchameleon.data.loader import RowLoader, make_batch, permuted
 from openchameleon.data.pack import Encoded, Rows, pack, save_manifest, write_rows
 from openchameleon.data.prepare import prepare
 from openchameleon.data.sources import count_records, read_records
-from openchameleon.document import Conversation, Document, Image, Record, Text
+from openchameleon.document import Conversation, Document, Image, Record, Text, documents_of
 from openchameleon.errors import UserError
 from openchameleon.vocab import Vocab
 
@@ -73,7 +73,12 @@ def test_records_are_read_lazily_and_in_order(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "records.jsonl",
         {"segments": [{"text": "A "}, {"image": "a.png"}]},
-        {"messages": [{"role": "user", "segments": [{"text": "q"}]}]},
+        {
+            "messages": [
+                {"role": "user", "segments": [{"text": "q"}]},
+                {"role": "assistant", "segments": [{"text": "a"}]},
+            ]
+        },
         {"segments": [{"image": "absent.png"}]},
     )
     records = read_records(tmp_path)
@@ -98,6 +103,8 @@ def test_records_are_read_lazily_and_in_order(tmp_path: Path) -> None:
         ('{"segments": [{"txt": "a"}]}', "exactly one of"),
         ('{"messages": [{"segments": []}]}', "lacks 'role'"),
         ('{"messages": [{"role": "assistant", "segments": []}]}', "expected 'user'"),
+        ('{"messages": [{"role": "user", "segments": []}]}', "end with the assistant's turn"),
+        ('{"messages": []}', "end with the assistant's turn"),
         ('{"messages": 5}', "not iterable"),
     ],
 )
@@ -113,16 +120,28 @@ def test_a_malformed_record_is_named_by_file_and_line(
     assert f"{file}:3: " in str(error.value)
 
 
-def test_a_folder_of_captioned_pictures_is_documents_in_both_orders(tmp_path: Path) -> None:
+def test_captioned_pictures_are_conversations_in_both_directions(tmp_path: Path) -> None:
     for i in range(40):
         picture(tmp_path / f"p{i:02}.png")
         (tmp_path / f"p{i:02}.txt").write_text(f"Picture {i}.\n")
-    kinds = [[type(s) for s in record] for record in read_records(tmp_path)]
-    counts = Counter(kind[0] for kind in kinds)
-    assert counts[Text] + counts[Image] == count_records(tmp_path) == 40
-    assert 10 <= counts[Text] <= 30
-    assert kinds == [[type(s) for s in record] for record in read_records(tmp_path)]
-    assert [r.text for r in read_records(tmp_path)] == [f"Picture {i}." for i in range(40)]
+
+    def kinds() -> list[list[type]]:
+        turns = [documents_of(record) for record in read_records(tmp_path)]
+        return [[type(segment) for turn in both for segment in turn] for both in turns]
+
+    counts = Counter(tuple(kind) for kind in kinds())
+    assert set(counts) == {(Text, Image), (Image, Text)}
+    assert counts.total() == count_records(tmp_path) == 40
+    assert 10 <= counts[Text, Image] <= 30
+    assert kinds() == kinds()
+    texts = ["".join(d.text for d in documents_of(record)) for record in read_records(tmp_path)]
+    assert texts == [f"Picture {i}." for i in range(40)]
+
+
+def test_bytes_that_are_no_text_name_their_file(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_bytes(b'{"segments": [{"text": "\xff"}]}')
+    with pytest.raises(UserError, match=r"records\.jsonl is not UTF-8"):
+        list(read_records(tmp_path))
 
 
 def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +83,7 @@ def perfect(n: int, seed: int) -> Answerer:
         for task in tasks:
             if task == "told_story":
                 continue
-            for i in range(n):
+            for i in range(4 * n if task == "story_turn" else n):  # some requests repeat
                 turns = write_record(task, split, (seed << 32) + i, NANO).record.messages
                 at = 1 if task == "story_turn" else len(turns) - 1
                 answers.setdefault(turns[at - 1].document.text, []).append(turns[at].document)
@@ -137,6 +138,20 @@ def test_constant_answers_score_near_nothing() -> None:
     iid = scores["splits"]["iid"]
     del iid["ceiling"], iid["question_by_kind"]
     assert max(v for v in iid.values() if v is not None) < 0.05
+
+
+def test_one_story_for_every_request_is_hardly_ever_right() -> None:
+    """A flawless story that is not of what was asked counts for "Tell a story." alone."""
+    samples = (write_record("story_turn", "iid", i, NANO) for i in itertools.count())
+    free = next(s for s in samples if s.meta.kind == "free")
+    told = free.record.messages[1].document
+
+    class Stubborn(Answerer):
+        def answer(self, prompt: Document | Conversation, raw: bool) -> Document:
+            return told
+
+    scores = exam.evaluate_world(Stubborn(PictureBook(), {}), n=40, splits=["iid"])  # type: ignore[arg-type]
+    assert 0.0 < scores["splits"]["iid"]["story_pictures_fit"] < 0.06
 
 
 def test_a_moved_object_is_not_exact() -> None:

@@ -223,7 +223,7 @@ def test_impossible_settings_are_named(tmp_path: Path) -> None:
         VQTrainConfig(steps=10, autoencoder_warmup_steps=10)
     with pytest.raises(UserError, match="kmeans_samples 8 is less than the 16 codes"):
         run(tmp_path, replace(TRAIN, kmeans_samples=8))
-    with pytest.raises(ValueError, match="needs a weight_map"):
+    with pytest.raises(UserError, match="foreground_weight"):
         train_image_tokenizer(
             CONFIG, replace(TRAIN, foreground_weight=2.0), squares, None, tmp_path
         )

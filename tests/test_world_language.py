@@ -302,6 +302,8 @@ def test_a_sentence_that_cannot_be_followed_spoils_the_rest() -> None:
     two_at_once = ["A cat sits at the top. A dog joins it at the right.", both]
     assert score_story(two_at_once, GRID, NANO.emoji) == [True]
     assert score_story([cat], GRID, NANO.emoji) == [False]
+    nonsense_at_the_end = ["A cat sits at the top.", cat, "The cat moves to the moon."]
+    assert score_story(nonsense_at_the_end, GRID, NANO.emoji) == [False]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ class Document:
     segments: tuple[Segment, ...]
 
     def __init__(self, segments: Iterable[Segment | str] = ()) -> None:
+        if isinstance(segments, str):
+            raise TypeError("a document is made of a list of segments, not of a str")
         parts = tuple(Text(s) if isinstance(s, str) else s for s in segments)
         for part in parts:
             if not isinstance(part, (Text, Image)):
@@ -91,6 +93,11 @@ class Conversation:
 # One JSON line a record: {"segments": [{"text": ...} | {"image": PATH}, ...]} or
 # {"messages": [{"role": ..., "segments": [...]}, ...]}; PATH is relative to the JSONL file.
 Record = Document | Conversation
+
+
+def documents_of(record: Record) -> list[Document]:
+    """The record itself, or the document of each of its turns."""
+    return [record] if isinstance(record, Document) else [m.document for m in record.messages]
 
 
 def record_to_json(record: Record, save_image: Callable[[PIL.Image.Image], str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -19,8 +20,12 @@ from PIL import ImageCms, ImageOps
 from openchameleon.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
+"""How the names of picture files end, where a folder is searched for them."""
+Fit = Literal["crop", "pad"]
 MAX_BYTES = 128 << 20
 MAX_PIXELS = 64 << 20
+_MAX_ASPECT = 16
 
 
 def open_image(
@@ -60,6 +65,33 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     picture = picture.convert("RGB")
     picture.info = {}
     return picture
+
+
+def square(picture: PIL.Image.Image, side: int, fit: Fit = "crop") -> PIL.Image.Image:
+    """An RGB picture as a square of `side` pixels (Lanczos).
+
+    "crop": the shorter side becomes `side`, the middle of the longer one is kept, as the published
+    inference does. "pad": the longer side becomes `side`, on a white square: the paper's rule for
+    the pictures of fine-tuning prompts (section 3.2).
+    """
+    if fit == "pad":
+        scale = side / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        padded = PIL.Image.new("RGB", (side, side), "white")
+        at = ((side - size[0]) // 2, (side - size[1]) // 2)
+        padded.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
+        return padded
+    # A strip of one pixel would be enlarged to a side times its length: cut it down first.
+    longest = min(picture.size) * _MAX_ASPECT
+    picture = _centre_crop(picture, min(picture.width, longest), min(picture.height, longest))
+    scale = side / min(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return _centre_crop(picture.resize(size, PIL.Image.Resampling.LANCZOS), side, side)
+
+
+def _centre_crop(picture: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

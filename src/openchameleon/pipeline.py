@@ -102,10 +102,11 @@ class Chameleon:
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
         """Writes the model folder, whole or not at all; a model folder that is there is replaced.
 
-        dtype: of all weights in the files, such as "bfloat16"; by default as they are.
+        UserError where the folder holds anything else, which would be lost. dtype: of all weights
+        in the files, such as "bfloat16"; by default as they are.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / CONFIG).is_file() and not _is_empty(folder):
+        if folder.exists() and not _is_only_a_model(folder):
             raise UserError(f"{folder} holds other things than a model; name another folder.")
         temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
@@ -284,5 +285,13 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return named_dtype(dtype)
 
 
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+def _is_only_a_model(folder: Path) -> bool:
+    """Whether a folder holds a model and nothing else, or nothing at all."""
+    if not folder.is_dir():
+        return False
+    there = {path.name for path in folder.iterdir()}
+    try:
+        tokenizer = read_config(folder).text_tokenizer if there else ""
+    except UserError:
+        return False
+    return there <= {CONFIG, WEIGHTS, IMAGE_TOKENIZER, tokenizer}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
+from openchameleon.cli.output import make_folder
 from openchameleon.document import Conversation, Document, Image, Message, Role, Segment, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import open_image
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 BROUGHT = Scene("sky", [Placed((1, 1), "penguin"), Placed((0, 2), "carrot")])
 """What the picture that is brought in shows; drawn by other means than the training pictures."""
+PAGE, BROUGHT_FILE = "index.html", "brought.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             Document(["Tell a story about a cat."]),
         ])),
     ]  # fmt: skip
-    page = options.out / "index.html"
+    page = options.out / PAGE
     seconds = time.monotonic() - start
     page.write_text(to_html(chapters, chameleon, seconds, options.seed), encoding="utf-8")
     print(f"\n{seconds:.0f} s. Open {page} in a browser.")
@@ -141,19 +143,22 @@ class Show:
 
 
 def _prepared(folder: Path) -> Path:
-    """The folder, made, without the pictures of a demo before. UserError if it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("image-*.png"):
-            stale.unlink()
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+    """The folder, made, without the pictures of a demo before.
+
+    UserError if it cannot be made, or holds pictures or a page of something else.
+    """
+    make_folder(folder)
+    there = [*sorted(folder.glob("image-*.png")), *folder.glob(PAGE)]
+    if there and not (folder / BROUGHT_FILE).exists():
+        raise UserError(f"{there[0]} is not of a demo; name another --out.")
+    for stale in there:
+        stale.unlink()
     return folder
 
 
 def _brought_picture(folder: Path, preset: WorldPreset) -> PIL.Image.Image:
     """A picture file that our renderer did not make, and what it holds when opened."""
-    path = folder / "brought.png"
+    path = folder / BROUGHT_FILE
     render_foreign(BROUGHT, preset, random.Random(9)).save(path)
     return open_image(path)
 

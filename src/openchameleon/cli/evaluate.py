@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from openchameleon.cli.main import Action
+from openchameleon.cli.output import make_folder, refuse_existing
 from openchameleon.errors import UserError
+
+SCORES_FILE = "scores.json"
 
 
 def add_world_arguments(world: argparse.ArgumentParser) -> None:
@@ -29,10 +32,8 @@ def run_world(options: argparse.Namespace) -> int:
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}; it must not be negative.")
     if options.out is not None:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Cannot write to {options.out}: {error.strerror}.") from error
+        refuse_existing(options.out / SCORES_FILE)
+        make_folder(options.out)
     from openchameleon.evaluation.world import EXAMS, evaluate_world
     from openchameleon.pipeline import Chameleon
 
@@ -47,7 +48,7 @@ def run_world(options: argparse.Namespace) -> int:
     )
     text = json.dumps(scores, indent=2)
     if options.out is not None:
-        (options.out / "scores.json").write_text(text + "\n", encoding="utf-8")
+        (options.out / SCORES_FILE).write_text(text + "\n", encoding="utf-8")
     if options.json:
         print(text)
     else:

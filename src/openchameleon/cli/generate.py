@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openchameleon.cli.output import make_folder
 from openchameleon.document import Document, Image, Segment, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import open_image
@@ -55,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     _refuse_contradictions(options)
     document = read_segments(options.segments)
-    if options.out is not None:
-        _prepare(options.out, options.force)
+    stale = [] if options.out is None else _prepare(options.out, options.force)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     from openchameleon.pipeline import Chameleon
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         guidance=options.guidance,
         max_tokens=options.max_tokens,
     )
-    answer = Answer(options.out, quiet=options.json, previews=not options.no_preview)
+    answer = Answer(options.out, stale, quiet=options.json, previews=not options.no_preview)
     try:
         answer.take(events)
     finally:  # what has come so far is kept, whatever stopped the rest
@@ -81,17 +81,23 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_segments(arguments: Iterable[str]) -> Document:
-    """The prompt that the arguments spell. UserError for a file that is no picture."""
+    """The prompt that the arguments spell, words in a row joined by spaces.
+
+    UserError for a file that is no picture.
+    """
     segments: list[Segment] = []
     for argument in arguments:
-        if argument.startswith("@@"):
-            segments.append(Text(argument[1:]))
-        elif argument == "@":
+        if argument == "@":
             raise UserError("'@' names no file: write @picture.png, or @@ for a literal @.")
-        elif argument.startswith("@"):
+        if argument.startswith("@") and not argument.startswith("@@"):
             segments.append(Image(open_image(Path(argument[1:]))))
+            continue
+        text = argument[1:] if argument.startswith("@@") else argument
+        before = segments[-1] if segments else None
+        if isinstance(before, Text):  # words without quotes
+            segments[-1] = Text(f"{before.text} {text}")
         else:
-            segments.append(Text(argument))
+            segments.append(Text(text))
     document = Document(segments)
     if not document.images and not document.text.strip():
         raise UserError("The prompt is empty: give some text or @picture.png.")
@@ -101,11 +107,12 @@ def read_segments(arguments: Iterable[str]) -> Document:
 class Answer:
     """Shows an answer as it comes and writes it: pictures at once, the text at the end.
 
-    folder: None makes a new one when the first picture comes. quiet: nothing on standard output.
+    folder: None makes a new one when the first picture comes. stale: files of an answer before,
+    removed when this one begins. quiet: nothing on standard output.
     """
 
-    def __init__(self, folder: Path | None, quiet: bool, previews: bool) -> None:
-        self.folder, self.quiet, self.previews = folder, quiet, previews
+    def __init__(self, folder: Path | None, stale: list[Path], quiet: bool, previews: bool) -> None:
+        self.folder, self.stale, self.quiet, self.previews = folder, stale, quiet, previews
         self.parts: list[str | Path] = []
         self._line_open = False
 
@@ -115,6 +122,7 @@ class Answer:
 
         progress: Progress | None = None
         for event in events:
+            self._remove_stale()
             if isinstance(event, TextDelta):
                 self._text(event.text)
             elif isinstance(event, ImageProgress):
@@ -126,18 +134,18 @@ class Answer:
                     progress.close()
                 progress = None
                 self._picture(event.pil)
+        self._remove_stale()  # an answer may be empty
 
     def close(self) -> None:
-        """Ends the line and writes `response.md`, if anything came and there is a folder."""
-        self._end_line()
-        if self.folder is None or not self.parts:
-            return
-        blocks = [
-            part.strip() if isinstance(part, str) else f"![{part.stem}]({part.name})"
-            for part in self.parts
-        ]
-        text = "\n\n".join(block for block in blocks if block)
-        (self.folder / RESPONSE).write_text(text + "\n", encoding="utf-8")
+        """Writes `response.md`, if anything came and there is a folder, and ends the line."""
+        if self.folder is not None and self.parts:
+            blocks = [
+                part.strip() if isinstance(part, str) else f"![{part.stem}]({part.name})"
+                for part in self.parts
+            ]
+            text = "\n\n".join(block for block in blocks if block)
+            (self.folder / RESPONSE).write_text(text + "\n", encoding="utf-8")
+        self._end_line()  # last: whoever read the terminal may have gone
 
     def to_json(self) -> list[dict[str, str]]:
         return [{"text": p} if isinstance(p, str) else {"image": str(p)} for p in self.parts]
@@ -165,6 +173,11 @@ class Answer:
                 preview(pil, sys.stdout)
             print(f"[{path}]", flush=True)
 
+    def _remove_stale(self) -> None:
+        for path in self.stale:
+            path.unlink(missing_ok=True)
+        self.stale = []
+
     def _end_line(self) -> None:
         if self._line_open and not self.quiet:
             print(flush=True)
@@ -181,18 +194,19 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise UserError("--force replaces what is in --out, and there is no --out.")
 
 
-def _prepare(folder: Path, force: bool) -> None:
-    """Makes the folder. UserError if it cannot be, or holds an answer that must stay."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+def _prepare(folder: Path, force: bool) -> list[Path]:
+    """Makes the folder; returns the files of an answer that is there, to be replaced by `force`.
+
+    UserError if the folder cannot be made, or the answer must stay.
+    """
+    make_folder(folder)
     existing = [path for path in (folder / RESPONSE, *sorted(folder.glob("image-*.png")))
                 if path.exists()]  # fmt: skip
     if existing and not force:
         raise UserError(
             f"{existing[0]} exists already; name another --out, or give --force to replace it."
         )
+    return existing
 
 
 def _new_folder() -> Path:

@@ -88,7 +88,7 @@ def _choose(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: a mistake of the user; 130: Ctrl-C."""
+    """Runs one command. 0: done; 2: a mistake of the user; 130: stopped by a signal."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         options = parse(arguments)

@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchameleon.cli.main import Action
+from openchameleon.cli.output import make_folder, refuse_existing
 from openchameleon.config import override
 from openchameleon.document import read_jsonl
 from openchameleon.errors import UserError, nearest
-from openchameleon.image_io import open_image
+from openchameleon.image_io import SUFFIXES, open_image, square
 
 if TYPE_CHECKING:
-    import PIL.Image
     from torch import Tensor
 
     from openchameleon.tokenizer.image import ImageTokenizer
-
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 
 
 def add_text_arguments(text: argparse.ArgumentParser) -> None:
@@ -44,6 +42,7 @@ def run_text(options: argparse.Namespace) -> int:
     """Trains a BPE that gives every text back as it was and leaves ids for picture codes."""
     if options.out.suffix != ".model":
         raise UserError(f"--out is {options.out}; a text tokenizer's name ends in .model.")
+    refuse_existing(options.out)
     texts = read_texts(options.corpus)
     from openchameleon.tokenizer.image import ImageTokenizer
     from openchameleon.tokenizer.text import train_text_tokenizer
@@ -53,7 +52,7 @@ def run_text(options: argparse.Namespace) -> int:
         image = ImageTokenizer.load(options.image_tokenizer)
         n_codes, codes_per_item = image.codebook_size, image.n_codes
     tokenizer = train_text_tokenizer(texts, options.n_text, n_codes, codes_per_item)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out.parent)
     tokenizer.save(options.out)
     n_characters = sum(map(len, texts))
     n_ids = sum(len(tokenizer.encode(text)) for text in texts[:1000])
@@ -71,11 +70,14 @@ def add_image_arguments(image: argparse.ArgumentParser) -> None:
     image.add_argument("--preset", default="small", help="sizes to begin from (%(default)s)")
     image.add_argument("--out", type=Path, required=True, metavar="DIR",
                        help="the tokenizer; a run cut off goes on from DIR/run")  # fmt: skip
-    image.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
+    image.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                       help="where it trains (%(default)s)")  # fmt: skip
 
 
 def run_image(options: argparse.Namespace) -> int:
     """Trains the VQ-GAN on a folder of pictures; `vq.` changes its sizes, `train.` its training."""
+    import torch
+
     from openchameleon.tokenizer.image import ImageTokenizer
     from openchameleon.train.image_tokenizer import train_image_tokenizer
     from openchameleon.train.vq_step import VQTrainConfig
@@ -88,6 +90,8 @@ def run_image(options: argparse.Namespace) -> int:
             f" The presets are {', '.join(PRESETS)}."
         )
     chosen = override(run_config(PRESETS[options.preset], VQTrainConfig()), options.changes)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no GPU that PyTorch can use; leave --device out.")
     files = find_pictures(options.pictures)
     batches = picture_batches(files, chosen.vq.resolution, chosen.train.seed)
     model = train_image_tokenizer(
@@ -109,6 +113,7 @@ def run_report(options: argparse.Namespace) -> int:
     """Shows originals beside reconstructions, with PSNR, SSIM and the codebook's use."""
     if options.n < 1:
         raise UserError(f"--n is {options.n}; it must be at least 1.")
+    refuse_existing(options.out / "report.json")
     files = find_pictures(options.pictures)[: options.n]
     from openchameleon.evaluation.reconstruction import write_report
 
@@ -123,20 +128,18 @@ def load_image_tokenizer(name_or_folder: str) -> ImageTokenizer:
     from openchameleon.model_folder import IMAGE_TOKENIZER, find_model
     from openchameleon.tokenizer.image import ImageTokenizer
 
-    folder = Path(name_or_folder)
-    data = folder / "config.json"
-    if data.is_file() and "n_embed" in json.loads(data.read_text(encoding="utf-8")):
-        return ImageTokenizer.load(folder)
-    return ImageTokenizer.load(find_model(name_or_folder) / IMAGE_TOKENIZER)
+    folder = find_model(name_or_folder)
+    inside = folder / IMAGE_TOKENIZER
+    return ImageTokenizer.load(inside if inside.is_dir() else folder)
 
 
 def find_pictures(folder: Path) -> list[Path]:
     """Picture files under a folder, sorted. UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"{folder} has no pictures ({', '.join(sorted(PICTURES))}).")
+        raise UserError(f"{folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
     return files
 
 
@@ -146,20 +149,16 @@ def picture_batches(files: list[Path], side: int, seed: int) -> Callable[[int, i
     The order is a function of (seed, epoch) alone, so that a resumed run goes on where it was.
     """
     import torch
-    from PIL import ImageOps
 
     def order(epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return torch.randperm(len(files), generator=generator).tolist()
 
-    def picture(path: Path) -> PIL.Image.Image:
-        return ImageOps.fit(open_image(path), (side, side))
-
     def batch(step: int, batch_size: int) -> Tensor:
         places = range(step * batch_size, (step + 1) * batch_size)
         orders = {epoch: order(epoch) for epoch in {i // len(files) for i in places}}
         chosen = [files[orders[i // len(files)][i % len(files)]] for i in places]
-        raw = b"".join(picture(path).tobytes() for path in chosen)
+        raw = b"".join(square(open_image(path), side).tobytes() for path in chosen)
         pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         return pixels.view(batch_size, side, side, 3).permute(0, 3, 1, 2).contiguous()
 

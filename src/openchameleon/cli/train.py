@@ -37,6 +37,6 @@ def run(options: argparse.Namespace) -> int:
         model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
     except Stopped as stopped:
         print(f"openchameleon: {stopped}", file=sys.stderr)
-        return 0
+        return 130
     print(f"The model is in {model}; `openchameleon generate ... --model {model}` uses it.")
     return 0

@@ -1,7 +1,8 @@
 """Folders and files -> records, one at a time. Knows no tokens.
 
 Read are: a folder with `records.jsonl` (as `world sample` writes it), such a file itself, and a
-plain folder of pictures that each have a caption beside them (`cat.png`, `cat.txt`).
+plain folder of pictures that each have a caption beside them (`cat.png`, `cat.txt`). A picture with
+its caption is a conversation, as people will have it with the model: one of the two is the answer.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openchameleon.document import (
+    Conversation,
     Document,
     Image,
+    Message,
     Record,
     Segment,
     Text,
+    documents_of,
     read_jsonl,
     record_from_json,
 )
 from openchameleon.errors import UserError
-from openchameleon.image_io import open_image
+from openchameleon.image_io import SUFFIXES, open_image
 
 if TYPE_CHECKING:
     import PIL.Image
 
 RECORDS = "records.jsonl"
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -63,28 +66,32 @@ def _read_jsonl_records(path: Path) -> Iterator[Record]:
         for number, data in read_jsonl(path):
             try:
                 record = record_from_json(data, load_image)
-                _check_texts(record)
+                _check(record)
             except KeyError as error:
                 raise UserError(f"{path}:{number}: a message lacks {error}.") from error
             except (ValueError, TypeError, UserError) as error:
                 raise UserError(f"{path}:{number}: {error}") from error
             yield record
-    except ValueError as error:  # not JSON, or not UTF-8
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text.") from error
+    except ValueError as error:  # not JSON
         raise UserError(f"{error}") from error
 
 
-def _check_texts(record: Record) -> None:
-    documents = [record] if isinstance(record, Document) else [t.document for t in record.messages]
-    for segment in (segment for document in documents for segment in document):
+def _check(record: Record) -> None:
+    """ValueError unless there is something to learn from it."""
+    for segment in (segment for document in documents_of(record) for segment in document):
         if isinstance(segment, Text) and not isinstance(segment.text, str):
             raise ValueError('"text" must be a string')
+    if isinstance(record, Conversation) and [m.role for m in record.messages[-1:]] != ["assistant"]:
+        raise ValueError("a conversation must end with the assistant's turn")
 
 
 def _read_captioned(folder: Path) -> Iterator[Record]:
     pictures = _pictures(folder)
     if not pictures:
         raise UserError(
-            f"{folder} holds neither {RECORDS} nor pictures ({', '.join(sorted(PICTURES))})."
+            f"{folder} holds neither {RECORDS} nor pictures ({', '.join(sorted(SUFFIXES))})."
         )
     for picture in pictures:
         caption = picture.with_suffix(".txt")
@@ -94,12 +101,13 @@ def _read_captioned(folder: Path) -> Iterator[Record]:
             raise UserError(f"{picture} has no caption: write it in {caption.name}.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{caption} is not UTF-8 text.") from error
-        segments: list[Segment] = [Text(text), Image(open_image(picture))]
+        pair: list[Segment] = [Text(text), Image(open_image(picture))]
         # half of the pictures teach drawing and half describing, the same ones in every run
         if hashlib.sha256(picture.relative_to(folder).as_posix().encode()).digest()[0] % 2:
-            segments.reverse()
-        yield Document(segments)
+            pair.reverse()
+        asked, answer = (Document([segment]) for segment in pair)
+        yield Conversation([Message("user", asked), Message("assistant", answer)])
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from openchameleon.document import Conversation, Document, Image, Text
+from openchameleon.document import Conversation, Document, Image, Text, documents_of
 from openchameleon.errors import UserError, nearest
 from openchameleon.image_io import open_image
 from openchameleon.inference.params import ModalityParams, Mode, SamplingParams
@@ -29,7 +29,7 @@ from openchameleon.world.checker import check
 from openchameleon.world.programs import run_program
 from openchameleon.world.sample import write_record
 from openchameleon.world.scene import Scene
-from openchameleon.world.stories import score_story
+from openchameleon.world.stories import opening_scene, score_story
 from openchameleon.world.tasks import Meta, Sample
 
 GREEDY = SamplingParams(text=ModalityParams(temperature=0), image=ModalityParams(temperature=0))
@@ -183,19 +183,38 @@ class _Exam:
         return {"program_exact": _mean(right)}
 
     def story_turn(self, split: str) -> dict[str, Any]:
-        """Stories of the model's own: each picture must fit the text so far."""
-        samples = self.samples("story_turn", split)
+        """Stories of the model's own, of what was asked: each picture must fit the text so far."""
+        samples = self.distinct_stories(split)
         prompts = [_first_turn(s) for s in samples]
         answers = self.answers(prompts, "interleaved", split, "story")
-        right = []
-        for sample, prompt, answer in zip(samples, prompts, answers, strict=True):
-            begun = (
-                prompt.text.removeprefix("Tell a story: ") if sample.meta.kind == "begun" else ""
-            )
-            told = [begun, *answer] if begun else answer
-            fits = score_story(told, self.preset.grid, self.preset.emoji)
-            right.append(len(fits) > 1 and all(fits))
+        right = [self.story_right(*told) for told in zip(samples, prompts, answers, strict=True)]
         return {"story_pictures_fit": _mean(right)}
+
+    def distinct_stories(self, split: str) -> list[Sample]:
+        """`n` samples whose requests differ: the greedy answer to one of them counts once."""
+        found: dict[str, Sample] = {}
+        for index in itertools.count(self.seed << 32):
+            sample = write_record("story_turn", split, index, self.preset)
+            found.setdefault(_first_turn(sample).text, sample)
+            if len(found) == self.n:
+                return list(found.values())
+        raise AssertionError("count ends never")
+
+    def story_right(
+        self, sample: Sample, prompt: Document, answer: Sequence[str | Scene | None]
+    ) -> bool:
+        """Two pictures or more, all of them right, of a story that has what was asked for."""
+        grid, names = self.preset.grid, self.preset.emoji
+        told = list(answer)
+        if sample.meta.kind == "begun":
+            told.insert(0, prompt.text.removeprefix("Tell a story: "))
+        if sample.meta.kind == "about":
+            opened = opening_scene(told, grid, names)
+            asked = set(sample.meta.scenes[0].names())
+            if opened is None or not asked <= set(opened.names()):
+                return False
+        fits = score_story(told, grid, names)
+        return len(fits) > 1 and all(fits)
 
     def told_story(self, split: str) -> dict[str, Any]:
         """Stories whose sentences are given one by one; the model draws after each."""
@@ -206,7 +225,8 @@ class _Exam:
         for page in range(max(len(p) for p in pages)):
             active = [i for i in range(len(samples)) if page < len(pages[i])]
             prompts = [Document([*told[i], Text(pages[i][page])]) for i in active]
-            drawn = self.documents(prompts, "image", raw=True)
+            ended = sum(len(pages[i]) == page + 1 for i in active)
+            drawn = self.documents(prompts, "image", raw=True, n_done=ended)
             for i, prompt, answer in zip(active, prompts, drawn, strict=True):
                 told[i] = Document([*prompt, *answer])
                 seen = self.seen(answer, f"{split}-{i:04}-{page}")
@@ -235,8 +255,10 @@ class _Exam:
         documents = self.documents(prompts, mode)
         return [self.seen(d, f"{split}-{task}-{i:04}") for i, d in enumerate(documents)]
 
-    def documents(self, prompts: Sequence[Prompt], mode: Mode, raw: bool = False) -> list[Document]:
-        """The model's greedy answers."""
+    def documents(
+        self, prompts: Sequence[Prompt], mode: Mode, raw: bool = False, n_done: int | None = None
+    ) -> list[Document]:
+        """The model's greedy answers. n_done: answers that end with these, where not all do."""
         params = replace(GREEDY, mode=mode, max_tokens=MAX_ANSWER if mode == "text" else None)
         found: list[Document] = []
         image = self.chameleon.config.vocab.image
@@ -245,8 +267,9 @@ class _Exam:
             for completion in self.chameleon.complete_many(batch, raw=raw, params=params):
                 self.codes += _items_whole(completion, image)
                 found.append(self.chameleon.tokenizer.decode(completion))
-            self.done += len(batch)
+            self.done += len(batch) if n_done is None else 0
             self.progress.update(self.done)
+        self.done += n_done or 0
         return found
 
     def seen(self, document: Document, name: str) -> list[str | Scene | None]:
@@ -307,9 +330,7 @@ def _sentences(sample: Sample) -> list[str]:
 
 
 def _pictures(sample: Sample) -> list[PIL.Image.Image]:
-    record = sample.record
-    documents = [record] if isinstance(record, Document) else [m.document for m in record.messages]
-    return [picture for document in documents for picture in document.images]
+    return [picture for document in documents_of(sample.record) for picture in document.images]
 
 
 def _text(answer: Sequence[str | Scene | None]) -> str:

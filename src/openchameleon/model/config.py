@@ -61,6 +61,11 @@ class ModelConfig:
             )
         if self.norm_placement not in ("input", "output"):
             raise ValueError(f"norm_placement = {self.norm_placement!r} must be input or output.")
+        if self.tie_embeddings and self.embedding_std > 0.1:
+            raise ValueError(
+                f"embedding_std = {self.embedding_std} is too large for a tied table, which is the "
+                "output head too: 0.02 is usual."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout} must lie in [0, 1).")
 

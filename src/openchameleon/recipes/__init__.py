@@ -33,13 +33,18 @@ def load_recipe(name_or_path: str) -> Recipe:
         )
     if path.suffix == ".json":
         try:
-            return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON: {error}") from error
-    make = runpy.run_path(str(path)).get("recipe")
-    if path.suffix != ".py" or make is None:
-        raise UserError(f"{path} is no recipe: give a .json file, or a .py file with recipe().")
-    return make()
+        if isinstance(data, dict):
+            return from_dict(Recipe, data)
+    elif path.suffix == ".py":
+        make = runpy.run_path(str(path)).get("recipe")
+        if callable(make) and isinstance(recipe := make(), Recipe):
+            return recipe
+    raise UserError(
+        f"{path} is no recipe: give a .json file of one, or a .py file whose recipe() returns one."
+    )
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Path:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from openchameleon.errors import nearest
 from openchameleon.inference.params import SamplingParams
 from openchameleon.model.config import ModelConfig
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
+from openchameleon.world.atlas import PRESETS
+from openchameleon.world.tasks import TASKS
 
 STAGES = ("bind", "pretrain", "tune")
 """The runs of the transformer, in their order."""
@@ -69,6 +72,14 @@ class Recipe:
     foreign_pictures: float = 0.2
     workers: int = 2
     sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if self.world not in PRESETS:
+            raise ValueError(f"world = {self.world!r} is not one of {', '.join(PRESETS)}.")
+        for name, stage in self.stages().items():
+            for task in stage.mixture:
+                if task not in TASKS:
+                    raise ValueError(f"{name}.mixture: no task {task!r}.{nearest(task, TASKS)}")
 
     def stages(self) -> dict[str, StageConfig]:
         """The runs that there are, by name, in their order."""

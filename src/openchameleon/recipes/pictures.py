@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from openchameleon.data.sources import read_records
-from openchameleon.document import Document, Record, Text
+from openchameleon.document import Record, Text, documents_of
 from openchameleon.errors import UserError
+from openchameleon.image_io import square
 from openchameleon.recipes.config import STAGES, Recipe, StageConfig
-from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.train.image_tokenizer import Pictures
-from openchameleon.vqgan.model import VQModel
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.render import render
@@ -73,12 +72,12 @@ def _world_pictures(recipe: Recipe) -> Pictures:
 
 def _folder_pictures(recipe: Recipe) -> Pictures:
     assert recipe.data is not None
-    fit = ImageTokenizer(VQModel(recipe.vq), recipe.vq).preprocess
+    side = recipe.vq.resolution
     records = read_records(Path(recipe.data))
-    pictures = [fit(pil) for record in records for pil in _images(record)]
+    pictures = [np.asarray(square(pil, side)) for record in records for pil in _images(record)]
     if not pictures:
         raise UserError(f"{recipe.data} holds no pictures to train an image tokenizer on.")
-    stack = torch.stack([((p + 1) * 127.5).round().to(torch.uint8) for p in pictures])
+    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def batch(step: int, batch_size: int) -> Tensor:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -129,15 +128,9 @@ def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folde
     write_samples(folder, samples, stage.shard_size, preset)
 
 
-def _documents(record: Record) -> list[Document]:
-    if isinstance(record, Document):
-        return [record]
-    return [message.document for message in record.messages]
-
-
 def _images(record: Record) -> list[PIL.Image.Image]:
-    return [pil for document in _documents(record) for pil in document.images]
+    return [pil for document in documents_of(record) for pil in document.images]
 
 
 def _texts(record: Record) -> list[str]:
-    return [s.text for d in _documents(record) for s in d if isinstance(s, Text)]
+    return [s.text for d in documents_of(record) for s in d if isinstance(s, Text)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -15,14 +14,11 @@ from torch import Tensor
 
 from openchameleon import config as config_io
 from openchameleon.errors import UserError
-from openchameleon.image_io import to_rgb
+from openchameleon.image_io import Fit, square, to_rgb
 from openchameleon.vqgan.config import VQConfig
 from openchameleon.vqgan.model import VQModel
 
-Fit = Literal["crop", "pad"]
-
 _BATCH = 16  # pictures through the model at once: bounds memory, enough to fill a device
-_MAX_ASPECT = 16
 
 
 class ImageTokenizer:
@@ -56,14 +52,9 @@ class ImageTokenizer:
         return self
 
     def preprocess(self, picture: PIL.Image.Image, fit: Fit = "crop") -> Tensor:
-        """A picture of any size -> float32 pixels (3, P, P) in [-1, 1].
-
-        "crop": the shorter side becomes P (Lanczos), the middle of the longer one is kept, as the
-        published inference does. "pad": the longer side becomes P, on a white square: the paper's
-        rule for the pictures of fine-tuning prompts (section 3.2).
-        """
-        square = _fit(to_rgb(picture), self.resolution, fit)
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32))
+        """A picture of any size -> float32 pixels (3, P, P) in [-1, 1]; for `fit` see `square`."""
+        fitted = square(to_rgb(picture), self.resolution, fit)
+        pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
         return (pixels / 255 * 2 - 1).permute(2, 0, 1).contiguous()
 
     @torch.no_grad()
@@ -97,7 +88,9 @@ class ImageTokenizer:
         text = json.dumps(config_io.to_dict(self.config), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        save_file(weights, file)
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors creates 0600
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> ImageTokenizer:
@@ -122,28 +115,6 @@ class ImageTokenizer:
                 f"The weights in {folder} do not belong to its config.json: {error}"
             ) from error
         return ImageTokenizer(model, config).to(device)
-
-
-def _fit(picture: PIL.Image.Image, side: int, fit: Fit) -> PIL.Image.Image:
-    """An RGB picture as a square of `side` pixels."""
-    if fit == "pad":
-        scale = side / max(picture.size)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        square = PIL.Image.new("RGB", (side, side), "white")
-        at = ((side - size[0]) // 2, (side - size[1]) // 2)
-        square.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
-        return square
-    # A strip of one pixel would be enlarged to a side times its length: cut it down first.
-    longest = min(picture.size) * _MAX_ASPECT
-    picture = _centre_crop(picture, min(picture.width, longest), min(picture.height, longest))
-    scale = side / min(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return _centre_crop(picture.resize(size, PIL.Image.Resampling.LANCZOS), side, side)
-
-
-def _centre_crop(picture: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
 
 
 def _picture(pixels: Tensor) -> PIL.Image.Image:

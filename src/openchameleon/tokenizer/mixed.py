@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
-from openchameleon.document import Document, Image, Record, Text
+from openchameleon.document import Document, Image, Record, Text, documents_of
 from openchameleon.errors import UserError
 from openchameleon.image_io import to_rgb
 from openchameleon.tokenizer import chat
@@ -64,13 +64,13 @@ class MixedTokenizer:
         `cache` (hash of a picture -> its ids) is read and added to: pass the same one again to
         spare pictures that return.
         """
-        documents = [d for record in records for d in _documents(record)]
+        documents = [d for record in records for d in documents_of(record)]
         pictures = self._picture_ids(documents, {} if cache is None else cache)
         return [self._tokens(record, pictures, answers_only) for record in records]
 
     def render_prompt(self, record: Record) -> list[int]:
         """The ids to continue: `<bos> segments`, or a conversation up to its answer's start."""
-        pictures = self._picture_ids(_documents(record), {})
+        pictures = self._picture_ids(documents_of(record), {})
         if isinstance(record, Document):
             return [self.vocab.bos_id, *self._encode_segments(record, pictures)]
         turns = [(t.role, self._encode_segments(t.document, pictures)) for t in record.messages]
@@ -241,10 +241,6 @@ class _Reader:
                 f"the ids end at position {self._position} inside the {self._open.name}, after"
                 f" {len(self._codes)} of {self._open.codes_per_item} codes"
             )
-
-
-def _documents(record: Record) -> list[Document]:
-    return [record] if isinstance(record, Document) else [t.document for t in record.messages]
 
 
 def _key(picture: PIL.Image.Image) -> bytes:

@@ -68,7 +68,10 @@ def train_image_tokenizer(
             "raise it, or set it to 0 to start from a random codebook."
         )
     if train.foreground_weight != 1.0 and weight_map is None:
-        raise ValueError("foreground_weight other than 1 needs a weight_map")
+        raise UserError(
+            "foreground_weight is for pictures whose foreground is known, as in a recipe; leave it "
+            "at 1 here."
+        )
     run_folder.mkdir(parents=True, exist_ok=True)
     state = build_vq_state(config, train, device)
     start = resume(state, config, train, run_folder)

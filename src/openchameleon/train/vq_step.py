@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openchameleon.errors import UserError
 from openchameleon.vqgan.config import VQConfig
 from openchameleon.vqgan.discriminator import PatchDiscriminator
 from openchameleon.vqgan.losses import (
@@ -98,12 +99,12 @@ def build_vq_state(
 ) -> VQTrainState:
     """A fresh state; its weights are a function of the configs and the seed.
 
-    ValueError where an adversarial run's pictures are smaller than one patch of the discriminator.
+    UserError where an adversarial run's pictures are smaller than one patch of the discriminator.
     """
     if train.adversarial_start is not None and config.resolution < PatchDiscriminator.smallest_side:
-        raise ValueError(
-            f"a picture of {config.resolution} pixels a side is too small for the discriminator, "
-            f"which needs {PatchDiscriminator.smallest_side}: set adversarial_start to None"
+        raise UserError(
+            f"A picture of {config.resolution} pixels a side is too small for the discriminator, "
+            f"which needs {PatchDiscriminator.smallest_side}: set adversarial_start to null."
         )
     discriminator = discriminator_optimizer = None
     with torch.random.fork_rng(devices=[]):

@@ -37,6 +37,8 @@ class VQConfig:
         counts = (self.ch, self.n_res_blocks, self.z_channels, self.embed_dim, self.n_embed)
         if min(*counts, self.stem, self.resolution, *self.ch_mult, len(self.ch_mult)) < 1:
             raise ValueError(f"every size of an image tokenizer must be at least 1: {self}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout = {self.dropout} must lie in [0, 1)")
         if self.encoder_kernel not in (1, 3) or self.decoder_kernel not in (1, 3):
             raise ValueError("encoder_kernel and decoder_kernel must be 1 or 3")
         if self.resolution % self.down_factor:

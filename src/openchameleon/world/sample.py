@@ -15,7 +15,7 @@ from random import Random
 
 import PIL.Image
 
-from openchameleon.document import Document, Text, record_to_json
+from openchameleon.document import Text, documents_of, record_to_json
 from openchameleon.errors import UserError
 from openchameleon.progress import track
 from openchameleon.world.atlas import WorldPreset
@@ -60,7 +60,7 @@ def write_record(
     """Sample `index` of `task` in `split`.
 
     `foreign_share` of the pictures to be read in training are drawn by other means; all of them
-    are in split "foreign", none elsewhere. Without pixels every picture is a single white dot.
+    are in split "foreign", none elsewhere. Without pixels every picture is a single dot.
     ValueError for an unknown task or split.
     """
     if task not in TASKS or split not in SPLITS:
@@ -103,9 +103,7 @@ def all_texts(
 ) -> Iterator[str]:
     """The text segments of `n` training samples, for training a text tokenizer."""
     for sample in sample_records(preset, "train", mixture, n, seed, with_pixels=False):
-        record = sample.record
-        turns = [record] if isinstance(record, Document) else [m.document for m in record.messages]
-        for document in turns:
+        for document in documents_of(sample.record):
             yield from (part.text for part in document if isinstance(part, Text))
 
 
@@ -113,12 +111,16 @@ def write_samples(folder: Path, samples: Iterable[Sample], total: int, preset: W
     """Writes records.jsonl, images/NNNNNN.png and, last, index.json; returns the first's path.
 
     Each line also says what is right, under "meta", its scenes as programs. UserError if the folder
-    already holds samples.
+    already holds samples or pictures, or cannot be written.
     """
     records = folder / "records.jsonl"
-    if records.exists():
-        raise UserError(f"{records} already exists; choose another folder or delete it first.")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for there in (records, folder / "images"):
+        if there.exists():
+            raise UserError(f"{there} already exists; choose another folder or delete it first.")
+    try:
+        (folder / "images").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
     tasks: Counter[str] = Counter()
     n_pictures = 0
 

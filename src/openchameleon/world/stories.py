@@ -142,7 +142,7 @@ def score_story(
 
     Segments in order: text, or a picture as the scene read from it (None: unreadable). The opening
     must come before the first picture. A background the text does not name is the first picture's.
-    From a sentence on that cannot be followed, every picture is wrong.
+    From a sentence on that cannot be followed, every picture is wrong; at the end, the last one.
     """
     fits: list[bool] = []
     expected: Scene | None = None
@@ -156,7 +156,19 @@ def score_story(
         if expected is not None and expected.background == "" and segment is not None:
             expected = Scene(segment.background, expected.objects)
         fits.append(not lost and expected is not None and segment == expected)
+    if lost and fits:
+        fits[-1] = False
     return fits
+
+
+def opening_scene(
+    segments: Sequence[str | Scene | None], grid: Grid, names: tuple[str, ...]
+) -> Scene | None:
+    """The scene that the first sentence of a told story sets; None if it sets none."""
+    first = segments[0] if segments else None
+    if not isinstance(first, str):
+        return None
+    return continue_text(None, re.split(r"(?<=[.?!])\s*", first)[0], grid, names)
 
 
 def _first_scene(

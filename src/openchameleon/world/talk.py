@@ -150,7 +150,11 @@ KINDS: dict[str, tuple[float, Callable[[WorldPreset, Random, bool], Exchange]]] 
 
 
 def talk(preset: WorldPreset, rng: Random, held_out: bool = False) -> Exchange:
-    """One exchange of any kind; `held_out` takes words and wishes that training never has."""
+    """One exchange of any kind.
+
+    `held_out` takes words from outside the world and other work that training never has. Greetings,
+    counting and the forbidden are too few to hold any out.
+    """
     weights, kinds = zip(*KINDS.values(), strict=True)
     return rng.choices(kinds, weights)[0](preset, rng, held_out)
 

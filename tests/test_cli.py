@@ -468,10 +468,11 @@ def test_an_interrupted_training_does_not_end_in_success(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from openchameleon import recipes
-    from openchameleon.train.loop import Stopped
+    from openchameleon.errors import Stopped
+    from openchameleon.train.run_folder import stopped_text
 
     def stop(*_: object) -> None:
-        raise Stopped(Path("step-00000003"), 3, "SIGINT")
+        raise Stopped(stopped_text("SIGINT", 3))
 
     monkeypatch.setattr(recipes, "run_recipe", stop)
     assert main(["train", "nano"]) == 130

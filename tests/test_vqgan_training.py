@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openchameleon.errors import UserError
+from openchameleon.errors import Stopped, UserError
 from openchameleon.train.image_tokenizer import (
     codebook_from_data,
     restart_dead_codes,
@@ -112,6 +114,22 @@ def test_a_cut_run_ends_with_the_same_bits(
     weights = run(tmp_path, train)
     expected, lines = uncut
     assert weights.keys() == expected.keys()
+    assert [k for k in expected if not torch.equal(weights[k], expected[k])] == []
+    assert metrics(tmp_path) == lines
+
+
+def test_a_signal_finishes_the_step_saves_and_stops(
+    tmp_path: Path, uncut: tuple[dict[str, Tensor], list[dict]]
+) -> None:
+    def pictures(step: int, batch_size: int) -> Tensor:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return squares(step, batch_size)
+
+    with pytest.raises(Stopped, match="by SIGINT after step 7"):
+        train_image_tokenizer(CONFIG, ADVERSARIAL, pictures, foreground, tmp_path)
+    weights = run(tmp_path, ADVERSARIAL, cut_at=5)  # what is done is not done again
+    expected, lines = uncut
     assert [k for k in expected if not torch.equal(weights[k], expected[k])] == []
     assert metrics(tmp_path) == lines
 

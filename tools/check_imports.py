@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
 GROUND = {"config", "document", "errors", "image_io", "preview", "progress", "vocab"}
 TOKENIZER = GROUND | {"vqgan", "tokenizer"}
-DATA = TOKENIZER | {"model", "data", "checkpoints"}
+DATA = TOKENIZER | {"model", "data"}
 PIPELINE = DATA | {"inference", "model_folder", "pipeline"}
 EVALUATION = PIPELINE | {"world", "evaluation"}
 RECIPES = EVALUATION | {"train", "recipes"}
@@ -28,7 +28,6 @@ ALLOWED: dict[str, set[str]] = {
     "world": GROUND | {"world"},
     "tokenizer": TOKENIZER,
     "data": DATA | {"world"},
-    "checkpoints": DATA,
     "inference": GROUND | {"model", "inference"},
     "train": DATA | {"train"},
     "model_folder": GROUND | {"model", "inference"},

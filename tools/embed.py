@@ -15,6 +15,8 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "src" / "openchameleon" / "e
 
 
 def main(source: Path, name: str) -> None:
+    if not (source / "config.json").is_file():
+        sys.exit(f"{source} is no model folder.")
     target = EMBEDDED / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)

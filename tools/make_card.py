@@ -2,7 +2,8 @@
 
     python tools/make_card.py runs/nano docs/nano [--n 500]
 
-Every number of the card is measured here or read from the run's logs; none is typed in.
+Every score of the card is measured here or read from the run's logs; LIMITS and TIME are written
+by hand.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main() -> None:
     chameleon = Chameleon.from_pretrained(run / MODEL)
     scores = evaluate_world(chameleon, options.n)
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    preset = PRESETS[chameleon.config.name]
+    recipe = json.loads((run / "recipe.json").read_text())
+    preset = PRESETS[recipe["world"]]
     image = chameleon.tokenizer.image
     assert image is not None
     pictures = (render(scene("iid", i, preset), preset) for i in range(200))
@@ -77,7 +79,6 @@ def main() -> None:
         if name in runs:
             plot_metrics(log, out / f"{name}.png")
     draw_samples(chameleon, out / "samples.png")
-    recipe = json.loads((run / "recipe.json").read_text())
     out.with_suffix(".md").write_text(card(chameleon, recipe, scores, report, runs, out))
 
 

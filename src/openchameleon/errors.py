@@ -10,6 +10,13 @@ class UserError(Exception):
     """A mistake the user can mend. The command line prints its text alone and exits with 2."""
 
 
+class Stopped(Exception):
+    """A signal ended a long work at a point from which the same command goes on; its text says so.
+
+    The command line prints it and exits with 130.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from openchameleon import __version__
-from openchameleon.errors import UserError, nearest
+from openchameleon.errors import Stopped, UserError, nearest
 
 COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"openchameleon: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"openchameleon: {stopped}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("openchameleon: stopped.", file=sys.stderr)
         return 130

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from openchameleon.config import override, to_dict
@@ -31,12 +30,6 @@ def run(options: argparse.Namespace) -> int:
     if options.show:
         print(json.dumps(to_dict(recipe), indent=2))
         return 0
-    from openchameleon.train.loop import Stopped
-
-    try:
-        model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
-    except Stopped as stopped:
-        print(f"openchameleon: {stopped}", file=sys.stderr)
-        return 130
+    model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
     print(f"The model is in {model}; `openchameleon generate ... --model {model}` uses it.")
     return 0

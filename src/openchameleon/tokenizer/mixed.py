@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import PIL.Image
@@ -47,30 +47,22 @@ class MixedTokenizer:
 
         UserError for a picture where the model has no image tokenizer, or text that is no Unicode.
         """
-        return self._encode_segments(document, self._picture_ids([document], {}))
+        return self._encode_segments(document, self._picture_ids([document]))
 
     def encode_record(self, record: Record, answers_only: bool = True) -> chat.Tokens:
         """A document or a conversation as `(ids, loss_mask)` to learn from; see `chat`."""
         return self.encode_many([record], answers_only)[0]
 
     def encode_many(
-        self,
-        records: Sequence[Record],
-        answers_only: bool = True,
-        cache: MutableMapping[bytes, list[int]] | None = None,
+        self, records: Sequence[Record], answers_only: bool = True
     ) -> list[chat.Tokens]:
-        """`encode_record` of each, with all their pictures in batches and equal ones once.
-
-        `cache` (hash of a picture -> its ids) is read and added to: pass the same one again to
-        spare pictures that return.
-        """
-        documents = [d for record in records for d in documents_of(record)]
-        pictures = self._picture_ids(documents, {} if cache is None else cache)
+        """`encode_record` of each, with all their pictures in batches and equal ones once."""
+        pictures = self._picture_ids(d for record in records for d in documents_of(record))
         return [self._tokens(record, pictures, answers_only) for record in records]
 
     def render_prompt(self, record: Record) -> list[int]:
         """The ids to continue: `<bos> segments`, or a conversation up to its answer's start."""
-        pictures = self._picture_ids(documents_of(record), {})
+        pictures = self._picture_ids(documents_of(record))
         if isinstance(record, Document):
             return [self.vocab.bos_id, *self._encode_segments(record, pictures)]
         turns = [(t.role, self._encode_segments(t.document, pictures)) for t in record.messages]
@@ -112,28 +104,23 @@ class MixedTokenizer:
             raise UserError("This model has no image tokenizer: it reads and writes text only.")
         return self.image
 
-    def _picture_ids(
-        self, documents: Iterable[Document], cache: MutableMapping[bytes, list[int]]
-    ) -> MutableMapping[bytes, list[int]]:
-        """`cache` with the ids of every picture of the documents, each encoded once."""
-        missing = {_key(p): p for document in documents for p in document.images}
-        missing = {key: p for key, p in missing.items() if key not in cache}
-        if missing:
-            codes = self._image_tokenizer().encode(list(missing.values())).tolist()
-            ids = [self.vocab.image.ids_from_codes(row) for row in codes]
-            cache.update(zip(missing, ids, strict=True))
-        return cache
+    def _picture_ids(self, documents: Iterable[Document]) -> dict[bytes, list[int]]:
+        """The ids of every picture of the documents by its key, each encoded once."""
+        pictures = {_key(p): p for document in documents for p in document.images}
+        if not pictures:
+            return {}
+        codes = self._image_tokenizer().encode(list(pictures.values())).tolist()
+        ids = map(self.vocab.image.ids_from_codes, codes)
+        return dict(zip(pictures, ids, strict=True))
 
-    def _encode_segments(
-        self, document: Document, pictures: MutableMapping[bytes, list[int]]
-    ) -> list[int]:
+    def _encode_segments(self, document: Document, pictures: dict[bytes, list[int]]) -> list[int]:
         ids: list[int] = []
         for s in document:
             ids += self.text.encode(s.text) if isinstance(s, Text) else pictures[_key(s.pil)]
         return ids
 
     def _tokens(
-        self, record: Record, pictures: MutableMapping[bytes, list[int]], answers_only: bool
+        self, record: Record, pictures: dict[bytes, list[int]], answers_only: bool
     ) -> chat.Tokens:
         if isinstance(record, Document):
             return chat.wrap_document(self._encode_segments(record, pictures), self.vocab)

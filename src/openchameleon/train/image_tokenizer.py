@@ -7,8 +7,8 @@ that a resumed run repeats an uninterrupted one. Knows nothing of what the pictu
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.config import config_hash, to_dict
-from openchameleon.errors import UserError
+from openchameleon.errors import Stopped, UserError
 from openchameleon.progress import Progress
 from openchameleon.train.checkpoint import (
     flatten_optimizer,
@@ -24,6 +24,14 @@ from openchameleon.train.checkpoint import (
     load_checkpoint,
     restore_optimizer,
     save_checkpoint,
+)
+from openchameleon.train.metrics import MetricsLog
+from openchameleon.train.run_folder import (
+    environment,
+    locked,
+    stop_signals,
+    stopped_text,
+    warn_if_elsewhere,
 )
 from openchameleon.train.vq_step import (
     StepOutput,
@@ -59,8 +67,9 @@ def train_image_tokenizer(
 
     Writes checkpoints and metrics.jsonl (one line every `log_every` steps; usage and perplexity of
     the codebook are over the steps since the line before). On the CPU a run that is cut and
-    resumed ends with the same bits. `on_save(step, model)` is called after each checkpoint.
-    UserError where the folder holds a run of another config, or where the loss is not finite.
+    resumed ends with the same bits. On SIGINT or SIGTERM it finishes the step, saves, and raises
+    Stopped. `on_save(step, model)` is called after each checkpoint. UserError where the folder
+    holds a run of another config or is in use, or where the loss is not finite.
     """
     if 0 < train.kmeans_samples < config.n_embed:
         raise UserError(
@@ -72,32 +81,48 @@ def train_image_tokenizer(
             "foreground_weight is for pictures whose foreground is known, as in a recipe; leave it "
             "at 1 here."
         )
-    run_folder.mkdir(parents=True, exist_ok=True)
-    state = build_vq_state(config, train, device)
-    start = resume(state, config, train, run_folder)
-    state.model.train()
-    progress = Progress("image tokenizer", train.steps, "steps", done=start)
-    for step in range(start, train.steps):
-        if step == train.autoencoder_warmup_steps and train.kmeans_samples > 0:
-            codebook_from_data(state, train, pictures)
-        batch = pictures(step, train.batch_size).to(device)
-        foreground = None if weight_map is None else weight_map(batch).to(device)
-        output = seeded_step(state, train, step, batch, foreground)
-        if restarts_at(train, step):
-            restart_dead_codes(state, output.vectors, train.restart_every)
-        done = step + 1
-        if done % train.log_every == 0 or done == train.steps:
-            line = metrics_line(state, train, done, batch, output)
-            with (run_folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            progress.update(done, f"| loss {line['loss']:.4f}, {line['psnr']:.1f} dB")
-        if done % train.save_every == 0 or done == train.steps:
-            save(state, config, train, run_folder, done)
-            if on_save is not None:
-                on_save(done, state.model)
-        progress.update(done)
-    progress.close()
-    return state.model.eval()
+    with locked(run_folder), stop_signals() as received:
+        state = build_vq_state(config, train, device)
+        start = resume(state, config, train, run_folder)
+        state.model.train()
+        with (
+            closing(MetricsLog(run_folder / METRICS, start)) as log,
+            closing(Progress("image tokenizer", train.steps, "steps", start)) as progress,
+        ):
+            for step in range(start, train.steps):
+                output, batch = take_step(state, train, step, pictures, weight_map)
+                done, told_to_stop = step + 1, received[:1]
+                if done % train.log_every == 0 or done == train.steps:
+                    line = metrics_line(state, train, done, batch, output)
+                    log.log(done, line)
+                    progress.update(done, f"| loss {line['loss']:.4f}, {line['psnr']:.1f} dB")
+                if done % train.save_every == 0 or done == train.steps or told_to_stop:
+                    save(state, config, train, run_folder, done)
+                    if on_save is not None:
+                        on_save(done, state.model)
+                progress.update(done)
+                if told_to_stop:
+                    raise Stopped(stopped_text(told_to_stop[0], done))
+        return state.model.eval()
+
+
+def take_step(
+    state: VQTrainState,
+    train: VQTrainConfig,
+    step: int,
+    pictures: Pictures,
+    weight_map: WeightMap | None,
+) -> tuple[StepOutput, Tensor]:
+    """One step with all that it begins or ends with; its output and its batch."""
+    device = state.model.last_weight.device
+    if step == train.autoencoder_warmup_steps and train.kmeans_samples > 0:
+        codebook_from_data(state, train, pictures)
+    batch = pictures(step, train.batch_size).to(device)
+    foreground = None if weight_map is None else weight_map(batch).to(device)
+    output = seeded_step(state, train, step, batch, foreground)
+    if restarts_at(train, step):
+        restart_dead_codes(state, output.vectors, train.restart_every)
+    return output, batch
 
 
 def seeded_step(
@@ -159,10 +184,9 @@ def codebook_from_data(state: VQTrainState, train: VQTrainConfig, pictures: Pict
 def metrics_line(
     state: VQTrainState, train: VQTrainConfig, done: int, batch: Tensor, output: StepOutput
 ) -> dict[str, Any]:
-    """What metrics.jsonl says of the step that ended as number `done`; starts a new usage count."""
+    """What is logged of the step that ended as number `done`; starts a new usage count."""
     reconstruction = output.reconstruction.clamp(-1, 1)
     line = {
-        "step": done,
         "lr": learning_rate(train, done - 1),
         **{name: value.item() for name, value in output.losses.items()},
         "psnr": psnr(reconstruction, to_pixels(batch)).mean().item(),
@@ -188,12 +212,13 @@ def save(
         "run": run_hash(config, train),
         "config": to_dict(config),
         "train": to_dict(train),
+        "environment": environment(state.model.last_weight.device),
     }
     save_checkpoint(run_folder, done, tensors, meta)
 
 
 def resume(state: VQTrainState, config: VQConfig, train: VQTrainConfig, run_folder: Path) -> int:
-    """Fills `state` from the last checkpoint and cuts metrics.jsonl to it; the steps done (0)."""
+    """Fills `state` from the last checkpoint; the steps done (0)."""
     path = latest_checkpoint(run_folder)
     tensors, meta = ({}, {"step": 0}) if path is None else load_checkpoint(path)
     if path is not None and meta["run"] != run_hash(config, train):
@@ -201,10 +226,9 @@ def resume(state: VQTrainState, config: VQConfig, train: VQTrainConfig, run_fold
             f"{run_folder} holds an image tokenizer's run with another config; "
             "give the config it was started with, or another folder."
         )
-    done = meta["step"]
-    cut_metrics(run_folder / METRICS, done)
     if path is None:
         return 0
+    warn_if_elsewhere(meta["environment"], environment(state.model.last_weight.device))
     state.model.load_state_dict(_under(tensors, "model/"))
     restore_optimizer(state.optimizer, tensors, "optimizer/")
     if state.discriminator is not None and state.discriminator_optimizer is not None:
@@ -212,15 +236,7 @@ def resume(state: VQTrainState, config: VQConfig, train: VQTrainConfig, run_fold
         restore_optimizer(state.discriminator_optimizer, tensors, "disc_optimizer/")
     state.counts.copy_(tensors["counts"])
     state.idle.copy_(tensors["idle"])
-    return done
-
-
-def cut_metrics(path: Path, done: int) -> None:
-    """Drops the lines that steps after `done`, which will be done again, had written."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
-        path.write_text("".join(kept), encoding="utf-8")
+    return meta["step"]
 
 
 def run_hash(config: VQConfig, train: VQTrainConfig) -> str:

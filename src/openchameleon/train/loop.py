@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openchameleon.config import to_dict
 from openchameleon.data.loader import RowLoader
-from openchameleon.errors import UserError
+from openchameleon.errors import Stopped, UserError
 from openchameleon.model.transformer import Transformer
 from openchameleon.progress import Progress
 from openchameleon.train.checkpoint import (
@@ -35,7 +35,14 @@ from openchameleon.train.checkpoint import (
 )
 from openchameleon.train.metrics import SCORE, MetricsLog
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
-from openchameleon.train.run_folder import claim, differences, environment, locked, stop_signals
+from openchameleon.train.run_folder import (
+    claim,
+    environment,
+    locked,
+    stop_signals,
+    stopped_text,
+    warn_if_elsewhere,
+)
 from openchameleon.train.step import LossConfig, StepMetrics, train_step
 
 Hook = Callable[[Transformer, int], dict[str, float]]
@@ -80,16 +87,6 @@ class TrainConfig:
 _FREE = {"threads", "log_every", "save_every", "eval_every", "keep"}
 
 
-class Stopped(Exception):
-    """The run was told to stop, and has saved `path`. Its text is for the user to read."""
-
-    def __init__(self, path: Path, step: int, why: str) -> None:
-        super().__init__(
-            f"Stopped by {why} after step {step}, which is saved; the same command goes on."
-        )
-        self.path = path
-
-
 def fit(
     model: Transformer,
     loader: RowLoader,
@@ -130,7 +127,7 @@ def fit(
             run.close()
         path = run.save()
         if received:
-            raise Stopped(path, run.step, received[0])
+            raise Stopped(stopped_text(received[0], run.step))
         return path
 
 
@@ -172,12 +169,7 @@ class _Run:
         restore_optimizer(self.optimizer, tensors, "optimizer/")
         self.step, self.n_not_finite = meta["step"], meta["n_not_finite"]
         self.saved = self.step, path
-        if changes := differences(meta["environment"], environment()):
-            print(
-                f"warning: this run was begun elsewhere ({'; '.join(changes)}): it goes on, but "
-                "not bit for bit as it would have there.",
-                file=sys.stderr,
-            )
+        warn_if_elsewhere(meta["environment"], environment(self.device))
 
     def take_step(self) -> None:
         """One step, and what is due after it: its log line, the hooks, a checkpoint."""
@@ -257,7 +249,7 @@ class _Run:
         meta = {
             "step": self.step,
             "n_not_finite": self.n_not_finite,
-            "environment": environment(),
+            "environment": environment(self.device),
         }
         path = save_checkpoint(self.folder, self.step, tensors, meta, self.config.keep)
         self.saved, self.n_unsaved = (self.step, path), 0

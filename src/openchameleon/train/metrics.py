@@ -13,7 +13,7 @@ SCORE = "score/"
 
 
 class MetricsLog:
-    """Appends `{"step": .., name: value, ..}` lines, each on disk when `log` returns.
+    """Appends `{"step": .., name: value, ..}` lines, each given to the system when `log` returns.
 
     Opening it at a resumed step drops the lines of later steps, which will be written again, and
     a last line that a kill left incomplete.

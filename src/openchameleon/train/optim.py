@@ -126,7 +126,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     Weight decay applies to the matrices of linear layers. It spares norms and biases, where it
     would fight their purpose, and embedding tables, tied or not, where it would shrink the rows
-    of ids that the data seldom shows.
+    of ids that the data seldom shows. With "muon" it spares the output head too, which AdamW moves.
     """
     linear = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if config.matrices == "muon":

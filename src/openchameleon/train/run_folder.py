@@ -52,14 +52,25 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What the last bits of a result depend on besides the config."""
     return {
+        "device": device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def warn_if_elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says on standard error where the environment of a run that goes on is another one."""
+    if changes := differences(before, now):
+        print(
+            f"warning: this run was begun elsewhere ({'; '.join(changes)}): it goes on, but "
+            "not bit for bit as it would have there.",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -84,6 +95,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def stopped_text(signal_name: str, step: int) -> str:
+    """What a stopped run says: of `Stopped`, for the user to read."""
+    return f"Stopped by {signal_name} after step {step}, which is saved; the same command goes on."
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from random import Random
 import PIL.Image
 import pytest
 
-from openchameleon.document import Conversation, Document, Text, record_from_json
+from openchameleon.document import Conversation, Document, Text, record_from_json, record_to_json
 from openchameleon.errors import UserError
 from openchameleon.world import splits
 from openchameleon.world.atlas import PRESETS, WorldPreset, load_atlas
@@ -32,6 +33,7 @@ from openchameleon.world.questions import ask
 from openchameleon.world.render import render
 from openchameleon.world.sample import (
     MIXTURE,
+    TEXTS_VERSION,
     all_texts,
     sample_records,
     write_record,
@@ -605,3 +607,15 @@ def test_texts_for_the_tokenizer_are_few_and_plain() -> None:
     texts = list(all_texts(NANO, MIXTURE, 500, seed=0))
     assert len(texts) > 800
     assert all(text.isascii() and text == text.strip() and text for text in texts)
+
+
+def test_the_version_of_the_texts_is_raised_with_every_change_of_them() -> None:
+    """Else a run that was begun before the change would go on with the texts of before."""
+    said = hashlib.sha256()
+    for task in TASKS:
+        for split in ("train", "iid"):
+            for i in range(12):
+                sample = write_record(task, split, i, NANO, with_pixels=False)
+                said.update(json.dumps(record_to_json(sample.record, lambda _: "")).encode())
+                said.update(repr(sample.meta.scenes).encode())
+    assert (TEXTS_VERSION, said.hexdigest()[:16]) == (1, "410e327958f7e315")

@@ -13,6 +13,7 @@ from openchameleon.world.atlas import PRESETS, WorldPreset
 from openchameleon.world.checker import check, reading_to_json
 from openchameleon.world.sample import MIXTURE, sample_records, write_samples
 from openchameleon.world.splits import SPLITS
+from openchameleon.world.tasks import TASKS
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which samples (%(default)s)")
     parser.add_argument("--split", default="train", help=f"of {', '.join(SPLITS)} (%(default)s)")
     parser.add_argument("--tasks", metavar="A,B",
-                        help=f"only these, of {', '.join(MIXTURE)}")  # fmt: skip
+                        help=f"only these, of {', '.join(TASKS)}")  # fmt: skip
     parser.add_argument("--preset", default="nano", help=f"of {', '.join(PRESETS)} (%(default)s)")
 
 
@@ -37,9 +38,9 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.tasks is not None:
         names = [name.strip() for name in options.tasks.split(",")]
         for name in names:
-            if name not in MIXTURE:
-                raise UserError(f"Unknown task {name!r}.{nearest(name, MIXTURE)}")
-        mixture = {name: MIXTURE[name] for name in names}
+            if name not in TASKS:
+                raise UserError(f"Unknown task {name!r}.{nearest(name, TASKS)}")
+        mixture = {name: MIXTURE.get(name, 0.1) for name in names}
     preset = find_preset(options.preset)
     samples = sample_records(preset, options.split, mixture, options.n, options.seed)
     print(write_samples(options.out, samples, options.n, preset))

@@ -30,20 +30,21 @@ PRETRAIN = MIXTURE | {
 }
 
 # Instructions, nearly all of it, as people will give them, and more of what is learned last:
-# questions about pictures drawn by others, and keeping a story's pictures as its sentences say.
+# questions that stand before their picture, and questions about pictures drawn by others.
 TUNE = {
-    "draw": 0.16,
+    "draw": 0.17,
     "unconditional": 0.02,
     "caption": 0.09,
-    "question": 0.05,
-    "quiz": 0.12,
-    "drill": 0.18,
-    "changes": 0.08,
-    "story_turn": 0.24,
+    "question": 0.04,
+    "quiz": 0.08,
+    "drill": 0.08,
+    "find": 0.3,
+    "changes": 0.02,
+    "story_turn": 0.08,
     "program_draw": 0.03,
-    "program_read": 0.04,
-    "talk": 0.04,
-    "dialog": 0.06,
+    "program_read": 0.03,
+    "talk": 0.03,
+    "dialog": 0.03,
 }
 
 

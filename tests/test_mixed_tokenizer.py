@@ -193,6 +193,23 @@ def test_pictures_of_equal_bytes_and_other_shape_are_not_confused():
     assert first != second
 
 
+def test_a_users_picture_is_padded_and_every_other_cropped():
+    wide = PIL.Image.new("RGB", (48, 16))
+    wide.paste("white", (0, 0, 24, 16))
+    cropped, padded = (VOCAB.image.ids_from_codes(IMAGE.encode([wide], fit)[0].tolist())
+                       for fit in ("crop", "pad"))  # fmt: skip
+    assert cropped != padded
+    shown = Document([Image(wide)])
+    turns = [Message("user", shown), Message("assistant", shown), Message("user", Document(["a"]))]
+    ids = MIXED.render_prompt(Conversation(turns))
+    eot = VOCAB.eot_id
+    assert ids == [VOCAB.bos_id, *padded, eot, *cropped, eot, *TEXT.encode("a"), eot]
+    learnt, _ = MIXED.encode_record(Conversation(turns[:2]))
+    assert learnt == [VOCAB.bos_id, *padded, eot, *cropped, VOCAB.eos_id]
+    assert MIXED.encode(shown) == cropped
+    assert MIXED.render_prompt(shown) == [VOCAB.bos_id, *cropped]
+
+
 def test_a_model_without_image_tokenizer_says_so():
     text_only = MixedTokenizer(VOCAB, TEXT)
     assert text_only.decode(text_only.encode(Document(["a cat"]))).text == "a cat"

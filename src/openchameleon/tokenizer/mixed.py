@@ -10,19 +10,24 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
-from openchameleon.document import Document, Image, Record, Text, documents_of
+from openchameleon.document import Conversation, Document, Image, Record, Text
 from openchameleon.errors import UserError
-from openchameleon.image_io import to_rgb
+from openchameleon.image_io import Fit, to_rgb
 from openchameleon.tokenizer import chat
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.text import TextTokenizer
 from openchameleon.vocab import CodeRange, Vocab
 
+PictureIds = dict[tuple[Fit, bytes], list[int]]
+"""(how it becomes a square, hash of a picture) -> its ids."""
+
 
 class MixedTokenizer:
     """Text and pictures of a document, each by its own tokenizer, laid out by `vocab`.
 
-    UserError if the parts do not fit the vocabulary. Without an image tokenizer it handles text.
+    Pictures are cropped to squares, but those that a user shows in a conversation are padded, so
+    that nothing of them is lost (paper, section 3.2). UserError if the parts do not fit the
+    vocabulary. Without an image tokenizer it handles text.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class MixedTokenizer:
 
         UserError for a picture where the model has no image tokenizer, or text that is no Unicode.
         """
-        return self._encode_segments(document, self._picture_ids([document]))
+        return self._encode_segments(document, "crop", self._picture_ids([(document, "crop")]))
 
     def encode_record(self, record: Record, answers_only: bool = True) -> chat.Tokens:
         """A document or a conversation as `(ids, loss_mask)` to learn from; see `chat`."""
@@ -57,16 +62,15 @@ class MixedTokenizer:
         self, records: Sequence[Record], answers_only: bool = True
     ) -> list[chat.Tokens]:
         """`encode_record` of each, with all their pictures in batches and equal ones once."""
-        pictures = self._picture_ids(d for record in records for d in documents_of(record))
+        pictures = self._picture_ids(d for record in records for d in _fitted(record))
         return [self._tokens(record, pictures, answers_only) for record in records]
 
     def render_prompt(self, record: Record) -> list[int]:
         """The ids to continue: `<bos> segments`, or a conversation up to its answer's start."""
-        pictures = self._picture_ids(documents_of(record))
+        pictures = self._picture_ids(_fitted(record))
         if isinstance(record, Document):
-            return [self.vocab.bos_id, *self._encode_segments(record, pictures)]
-        turns = [(t.role, self._encode_segments(t.document, pictures)) for t in record.messages]
-        return chat.wrap_prompt(turns, self.vocab)
+            return [self.vocab.bos_id, *self._encode_segments(record, "crop", pictures)]
+        return chat.wrap_prompt(self._turns(record, pictures), self.vocab)
 
     def decode(self, token_ids: Iterable[int]) -> Document:
         """The inverse of `encode`: neighbouring text joined; begin, end, turn and pad ids dropped.
@@ -104,28 +108,32 @@ class MixedTokenizer:
             raise UserError("This model has no image tokenizer: it reads and writes text only.")
         return self.image
 
-    def _picture_ids(self, documents: Iterable[Document]) -> dict[bytes, list[int]]:
-        """The ids of every picture of the documents by its key, each encoded once."""
-        pictures = {_key(p): p for document in documents for p in document.images}
-        if not pictures:
-            return {}
-        codes = self._image_tokenizer().encode(list(pictures.values())).tolist()
-        ids = map(self.vocab.image.ids_from_codes, codes)
-        return dict(zip(pictures, ids, strict=True))
+    def _picture_ids(self, documents: Iterable[tuple[Document, Fit]]) -> PictureIds:
+        """The ids of every picture of the documents, each encoded once."""
+        pictures = {(fit, _key(p)): p for document, fit in documents for p in document.images}
+        found: PictureIds = {}
+        for fit in sorted({fit for fit, _ in pictures}):
+            some = {key: p for key, p in pictures.items() if key[0] == fit}
+            codes = self._image_tokenizer().encode(list(some.values()), fit).tolist()
+            found |= zip(some, map(self.vocab.image.ids_from_codes, codes), strict=True)
+        return found
 
-    def _encode_segments(self, document: Document, pictures: dict[bytes, list[int]]) -> list[int]:
+    def _encode_segments(self, document: Document, fit: Fit, pictures: PictureIds) -> list[int]:
         ids: list[int] = []
         for s in document:
-            ids += self.text.encode(s.text) if isinstance(s, Text) else pictures[_key(s.pil)]
+            ids += self.text.encode(s.text) if isinstance(s, Text) else pictures[fit, _key(s.pil)]
         return ids
 
-    def _tokens(
-        self, record: Record, pictures: dict[bytes, list[int]], answers_only: bool
-    ) -> chat.Tokens:
+    def _turns(self, record: Conversation, pictures: PictureIds) -> list[chat.Turn]:
+        return [
+            (turn.role, self._encode_segments(document, fit, pictures))
+            for turn, (document, fit) in zip(record.messages, _fitted(record), strict=True)
+        ]
+
+    def _tokens(self, record: Record, pictures: PictureIds, answers_only: bool) -> chat.Tokens:
         if isinstance(record, Document):
-            return chat.wrap_document(self._encode_segments(record, pictures), self.vocab)
-        turns = [(t.role, self._encode_segments(t.document, pictures)) for t in record.messages]
-        return chat.wrap_conversation(turns, self.vocab, answers_only)
+            return chat.wrap_document(self._encode_segments(record, "crop", pictures), self.vocab)
+        return chat.wrap_conversation(self._turns(record, pictures), self.vocab, answers_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +236,13 @@ class _Reader:
                 f"the ids end at position {self._position} inside the {self._open.name}, after"
                 f" {len(self._codes)} of {self._open.codes_per_item} codes"
             )
+
+
+def _fitted(record: Record) -> list[tuple[Document, Fit]]:
+    """The documents of a record, and how their pictures become squares."""
+    if isinstance(record, Document):
+        return [(record, "crop")]
+    return [(m.document, "pad" if m.role == "user" else "crop") for m in record.messages]
 
 
 def _key(picture: PIL.Image.Image) -> bytes:

@@ -133,13 +133,14 @@ def test_a_forced_answer_leaves_nothing_of_the_one_before(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("image-1.png", "image-2.png", "response.md", "mine.txt"):
+    for name in ("image-1.png", "image-2.png", "response.md", "mine.txt", "image-mine.png"):
         (out / name).write_text("old")
     monkeypatch.setattr(pipeline.Chameleon, "stream", lambda *_, **__: iter([TextDelta("New.")]))
     command = ["generate", "what", "--model", str(model_folder), "--out", "out", "--force"]
     assert main(command) == 0
     assert {p.name: p.read_text() for p in out.iterdir()} == {
         "mine.txt": "old",
+        "image-mine.png": "old",
         "response.md": "New.\n",
     }
 
@@ -438,9 +439,12 @@ def test_an_unknown_recipe_or_key_names_the_nearest(capsys: pytest.CaptureFixtur
         (["train", "nano", "--out", "notes.txt"], "Cannot write to"),
         (["world", "sample", "--out", "notes.txt/here"], "Cannot write to"),
         (["world", "sample", "--out", "."], "images already exists"),
-        (["demo", "--out", "."], "image-mine.png is not of a demo"),
+        (["demo", "--out", "."], "image-7.png is not of a demo"),
         (["evaluate", "world", "--out", "."], "scores.json exists already"),
         (["tokenizer", "text", "notes.txt", "--out", "t.model"], "t.model exists already"),
+        (["tokenizer", "image", "images", "--out", "."], "config.json exists already"),
+        (["tokenizer", "report", ".", "images", "--out", "notes.txt"], "Cannot write to"),
+        (["train", "nano", "data=images", "--out", "images/out"], "lies inside the data folder"),
         (["tokenizer", "report", ".", "images", "--out", "r"], "no readable image tokenizer"),
     ],
 )  # fmt: skip
@@ -453,7 +457,7 @@ def test_what_cannot_be_done_is_one_sentence_and_nothing_is_lost(
         "five.json": "5",
         "five.py": "def recipe():\n    return 5\n",
         "notes.txt": "raise SystemExit('I was run')",
-        "image-mine.png": "a picture",
+        "image-7.png": "a picture",
         "scores.json": "{}",
         "t.model": "mine",
         "config.json": "{",

@@ -270,15 +270,13 @@ def test_only_answers_are_learned_unless_told_otherwise(tmp_path: Path) -> None:
     assert everything["n_learned_tokens"] == 6
 
 
-def test_long_records_are_an_error_or_are_counted(tmp_path: Path) -> None:
+def test_a_long_record_or_none_is_an_error(tmp_path: Path) -> None:
     records = [Document(["a" * n]) for n in (3, 30, 4)]
     with pytest.raises(UserError, match="Document 2 has 32 tokens"):
         prepare(records, Letters(), tmp_path / "a", 10)
     assert list(tmp_path.iterdir()) == []
-    manifest = prepare(records, Letters(), tmp_path / "b", 10, too_long="skip")
-    assert (manifest["n_documents"], manifest["n_skipped"]) == (2, 1)
-    with pytest.raises(UserError, match=r"nothing to prepare \(3 records"):
-        prepare(records, Letters(), tmp_path / "c", 2, too_long="skip")
+    with pytest.raises(UserError, match="nothing to prepare"):
+        prepare([], Letters(), tmp_path / "a", 10)
 
 
 def test_a_failure_midway_leaves_no_folder(tmp_path: Path) -> None:

@@ -334,15 +334,6 @@ def test_hooks_see_the_model_as_it_is_saved_whatever_it_trains_in(run: Path) -> 
     assert seen == [True, True]
 
 
-def test_a_step_is_saved_before_a_hook_can_fail(run: Path) -> None:
-    def fail(model: Transformer, step: int) -> dict[str, float]:
-        raise RuntimeError("no score")
-
-    with pytest.raises(RuntimeError, match="no score"):
-        train(run, dataclasses.replace(CONFIG, eval_every=5), hooks={"fail": fail})
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000005"]
-
-
 def with_bad_steps(rows: Path, bad: set[int]) -> RowLoader:
     """A loader whose batches of the steps `bad` have a loss that is not finite."""
 

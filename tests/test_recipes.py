@@ -125,6 +125,31 @@ def test_what_is_removed_is_made_again(run: tuple[Recipe, Path, Path], tmp_path:
         assert (out / file).read_bytes() == (done / file).read_bytes()
 
 
+def test_what_was_half_made_again_is_not_done(
+    run: tuple[Recipe, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, done, _ = run
+    out = tmp_path / "tiny"
+    shutil.copytree(done, out)
+    samples, rows = out / "samples" / "tune-000", out / "rows" / "tune-000"
+    shutil.rmtree(samples)
+    shutil.rmtree(rows)
+
+    def cut(recipe: Recipe, name: str, stage: object, shard: int, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "records.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.pictures, "write_shard", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, out)
+    run_recipe(recipe, out)
+    assert (rows / "tokens.npy").read_bytes() == (
+        done / "rows" / "tune-000" / "tokens.npy"
+    ).read_bytes()
+
+
 def test_a_folder_in_use_is_refused(run: tuple[Recipe, Path, Path]) -> None:
     recipe, out, _ = run
     with locked(out), pytest.raises(UserError, match="is being trained by process"):

@@ -152,6 +152,8 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     with pytest.raises(UserError, match="another config"):
         run(tmp_path, replace(TRAIN, lr=1e-3))
+    with pytest.raises(UserError, match="other pictures"):
+        train_image_tokenizer(CONFIG, TRAIN, squares, foreground, tmp_path, data="others")
     assert metrics(tmp_path) == lines
 
 

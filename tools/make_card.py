@@ -64,10 +64,10 @@ def main() -> None:
     run, out = options.run, options.out
     out.mkdir(parents=True, exist_ok=True)
     chameleon = Chameleon.from_pretrained(run / MODEL)
-    scores = evaluate_world(chameleon, options.n)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     recipe = json.loads((run / "recipe.json").read_text())
     preset = PRESETS[recipe["world"]]
+    scores = evaluate_world(chameleon, options.n, preset=preset.name)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     image = chameleon.tokenizer.image
     assert image is not None
     pictures = (render(scene("iid", i, preset), preset) for i in range(200))

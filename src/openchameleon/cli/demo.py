@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from openchameleon.cli.output import make_folder
+from openchameleon.cli.output import make_folder, numbered_pictures
 from openchameleon.document import Conversation, Document, Image, Message, Role, Segment, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import open_image
@@ -148,7 +148,7 @@ def _prepared(folder: Path) -> Path:
     UserError if it cannot be made, or holds pictures or a page of something else.
     """
     make_folder(folder)
-    there = [*sorted(folder.glob("image-*.png")), *folder.glob(PAGE)]
+    there = [*numbered_pictures(folder), *folder.glob(PAGE)]
     if there and not (folder / BROUGHT_FILE).exists():
         raise UserError(f"{there[0]} is not of a demo; name another --out.")
     for stale in there:

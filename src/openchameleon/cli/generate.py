@@ -1,6 +1,7 @@
 """Answers a prompt of text and pictures with text and pictures.
 
-Each SEGMENT is text, or a picture as @FILE (write @@ for a text that begins with @). Text is shown
+Each SEGMENT is text, or a picture as @FILE (write @@ for a text that begins with @); words in a row
+are joined by spaces. Text is shown
 as it comes. With --out, the answer is DIR/response.md and DIR/image-1.png, DIR/image-2.png ...;
 without it, an answer that has pictures goes to a new folder openchameleon-1, -2 ... here.
 
@@ -19,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openchameleon.cli.output import make_folder
+from openchameleon.cli.output import make_folder, numbered_pictures
 from openchameleon.document import Document, Image, Segment, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import open_image
@@ -200,8 +201,7 @@ def _prepare(folder: Path, force: bool) -> list[Path]:
     UserError if the folder cannot be made, or the answer must stay.
     """
     make_folder(folder)
-    existing = [path for path in (folder / RESPONSE, *sorted(folder.glob("image-*.png")))
-                if path.exists()]  # fmt: skip
+    existing = [p for p in (folder / RESPONSE, *numbered_pictures(folder)) if p.exists()]
     if existing and not force:
         raise UserError(
             f"{existing[0]} exists already; name another --out, or give --force to replace it."

@@ -19,3 +19,8 @@ def refuse_existing(path: Path) -> None:
     """UserError where what is to be written is there already."""
     if path.exists():
         raise UserError(f"{path} exists already; remove it, or name another --out.")
+
+
+def numbered_pictures(folder: Path) -> list[Path]:
+    """image-1.png, image-2.png ... in a folder: pictures of an answer, and no others."""
+    return sorted(p for p in folder.glob("image-*.png") if p.stem.removeprefix("image-").isdigit())

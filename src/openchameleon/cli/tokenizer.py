@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from openchameleon.cli.main import Action
 from openchameleon.cli.output import make_folder, refuse_existing
-from openchameleon.config import override
+from openchameleon.config import config_hash, override
 from openchameleon.document import read_jsonl
 from openchameleon.errors import UserError, nearest
 from openchameleon.image_io import SUFFIXES, open_image, square
@@ -43,6 +43,7 @@ def run_text(options: argparse.Namespace) -> int:
     if options.out.suffix != ".model":
         raise UserError(f"--out is {options.out}; a text tokenizer's name ends in .model.")
     refuse_existing(options.out)
+    make_folder(options.out.parent)
     texts = read_texts(options.corpus)
     from openchameleon.tokenizer.image import ImageTokenizer
     from openchameleon.tokenizer.text import train_text_tokenizer
@@ -52,7 +53,6 @@ def run_text(options: argparse.Namespace) -> int:
         image = ImageTokenizer.load(options.image_tokenizer)
         n_codes, codes_per_item = image.codebook_size, image.n_codes
     tokenizer = train_text_tokenizer(texts, options.n_text, n_codes, codes_per_item)
-    make_folder(options.out.parent)
     tokenizer.save(options.out)
     n_characters = sum(map(len, texts))
     n_ids = sum(len(tokenizer.encode(text)) for text in texts[:1000])
@@ -92,10 +92,18 @@ def run_image(options: argparse.Namespace) -> int:
     chosen = override(run_config(PRESETS[options.preset], VQTrainConfig()), options.changes)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no GPU that PyTorch can use; leave --device out.")
+    if not (options.out / "run").is_dir():
+        refuse_existing(options.out / "config.json")
     files = find_pictures(options.pictures)
     batches = picture_batches(files, chosen.vq.resolution, chosen.train.seed)
     model = train_image_tokenizer(
-        chosen.vq, chosen.train, batches, None, options.out / "run", options.device
+        chosen.vq,
+        chosen.train,
+        batches,
+        None,
+        options.out / "run",
+        options.device,
+        data=config_hash([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]),
     )
     ImageTokenizer(model, chosen.vq).save(options.out)
     print(f"{options.out}: {chosen.train.steps} steps over {len(files)} pictures")
@@ -114,6 +122,7 @@ def run_report(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UserError(f"--n is {options.n}; it must be at least 1.")
     refuse_existing(options.out / "report.json")
+    make_folder(options.out)
     files = find_pictures(options.pictures)[: options.n]
     from openchameleon.evaluation.reconstruction import write_report
 

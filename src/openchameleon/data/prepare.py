@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from openchameleon.data.pack import Encoded, pack, save_manifest, write_rows
 from openchameleon.data.sources import count_records, read_records
@@ -33,26 +33,22 @@ def prepare(
     row_len: int,
     *,
     answers_only: bool = True,
-    too_long: Literal["raise", "skip"] = "raise",
     batch: int = 256,
     n_records: int = 0,
 ) -> dict[str, Any]:
     """Tokenizes and packs `source` into the new folder `out`; returns its manifest.
 
-    `answers_only`: of a conversation only the assistant's turns are learned. Records longer than
-    `row_len` are an error, or are left out and counted as `n_skipped`. `n_records` is the total
-    of the progress line where `source` is not a path.
+    `answers_only`: of a conversation only the assistant's turns are learned. A record longer
+    than `row_len` is an error. `n_records` is the total of the progress line where `source` is not
+    a path.
     """
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another folder.")
     if isinstance(source, Path):
         n_records = count_records(source)
         source = read_records(source)
-    skipped: list[int] = []
     progress = Progress("prepare", n_records, "records")
     encoded = _encode(source, tokenizer, answers_only, batch, progress)
-    if too_long == "skip":
-        encoded = _leave_out_long(encoded, row_len, skipped)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f"{out.name}.tmp-*"):
@@ -62,8 +58,7 @@ def prepare(
     try:
         manifest = write_rows(pack(encoded, row_len), temporary, row_len, tokenizer.vocab)
         if not manifest["n_rows"]:
-            raise UserError(f"There is nothing to prepare ({len(skipped)} records were too long).")
-        manifest["n_skipped"] = len(skipped)
+            raise UserError("There is nothing to prepare: the source has no records.")
         save_manifest(temporary, manifest)
         temporary.rename(out)
     except BaseException:
@@ -87,14 +82,3 @@ def _encode(
         done += len(chunk)
         progress.update(done)
     progress.close()
-
-
-def _leave_out_long(
-    encoded: Iterable[Encoded], row_len: int, skipped: list[int]
-) -> Iterator[Encoded]:
-    """Passes on what fits in a row; appends the lengths of the others to `skipped`."""
-    for ids, mask in encoded:
-        if len(ids) <= row_len:
-            yield ids, mask
-        else:
-            skipped.append(len(ids))

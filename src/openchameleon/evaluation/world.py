@@ -267,9 +267,11 @@ class _Exam:
             for completion in self.chameleon.complete_many(batch, raw=raw, params=params):
                 self.codes += _items_whole(completion, image)
                 found.append(self.chameleon.tokenizer.decode(completion))
-            self.done += len(batch) if n_done is None else 0
+            if n_done is None:
+                self.done += len(batch)
             self.progress.update(self.done)
         self.done += n_done or 0
+        self.progress.update(self.done)
         return found
 
     def seen(self, document: Document, name: str) -> list[str | Scene | None]:

@@ -8,15 +8,15 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
 from openchameleon.data.sources import read_records
 from openchameleon.document import Record, Text, documents_of
 from openchameleon.errors import UserError
-from openchameleon.image_io import square
+from openchameleon.image_io import SUFFIXES, square
 from openchameleon.recipes.config import STAGES, Recipe, StageConfig
+from openchameleon.tokenizer.mixed import fitted
 from openchameleon.train.image_tokenizer import Pictures
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.foreign import render_foreign
@@ -31,22 +31,20 @@ from openchameleon.world.sample import (
 from openchameleon.world.splits import WORLD_VERSION, dense_scene
 
 NAME_REPEATS = 60
+DATA_SUFFIXES = SUFFIXES | {".txt", ".jsonl"}
 
 
 def fingerprint(recipe: Recipe) -> list[object]:
     """Changes with what there is to learn from: the world and its texts, or a folder's files.
 
-    Files count by name, size and time of change; nothing is read.
+    Of a folder's, those with pictures, captions and records count, by name, size and time.
     """
-    if recipe.data is None:
+    if not recipe.data:
         return [recipe.world, WORLD_VERSION, TEXTS_VERSION]
     path = Path(recipe.data)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    try:
-        stats = [(file, file.stat()) for file in files]
-    except OSError as error:
-        raise UserError(f"There is no folder or file {path}.") from error
-    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    folder = path if path.is_dir() else path.parent
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in DATA_SUFFIXES)
+    return [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def picture_source(recipe: Recipe) -> Pictures:
@@ -74,7 +72,12 @@ def _folder_pictures(recipe: Recipe) -> Pictures:
     assert recipe.data is not None
     side = recipe.vq.resolution
     records = read_records(Path(recipe.data))
-    pictures = [np.asarray(square(pil, side)) for record in records for pil in _images(record)]
+    pictures = [
+        np.asarray(square(pil, side, fit))
+        for record in records
+        for document, fit in fitted(record)
+        for pil in document.images
+    ]
     if not pictures:
         raise UserError(f"{recipe.data} holds no pictures to train an image tokenizer on.")
     stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -126,10 +129,6 @@ def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folde
         foreign_share=stage.foreign_share,
     )
     write_samples(folder, samples, stage.shard_size, preset)
-
-
-def _images(record: Record) -> list[PIL.Image.Image]:
-    return [pil for document in documents_of(record) for pil in document.images]
 
 
 def _texts(record: Record) -> list[str]:

@@ -48,8 +48,10 @@ TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
 def run_recipe(recipe: Recipe, out: Path) -> Path:
     """Runs what is not done yet of `recipe` in the folder `out`; returns the model folder.
 
-    UserError where `out` holds the stages of another config, or is in use.
+    UserError where `out` holds the stages of another config, is in use, or lies among the data.
     """
+    if recipe.data and out.resolve().is_relative_to(Path(recipe.data).resolve()):
+        raise UserError(f"--out {out} lies inside the data folder {recipe.data}; name another.")
     with locked(out):
         model = _run_stages(seeded(recipe), out)
         (out / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
@@ -62,7 +64,7 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     text = config_hash(recipe.text, MIXTURE, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
-    _stage(out / IMAGE, image, lambda: train_image(recipe, out))
+    _stage(out / IMAGE, image, lambda: train_image(recipe, out, image))
     before: Path | None = None
     for name, stage in recipe.stages().items():
         rows = prepare_rows(recipe, name, stage, out, config_hash(text, image, recipe.row_len))
@@ -115,8 +117,8 @@ def train_text(recipe: Recipe, path: Path) -> None:
     train_text_tokenizer(texts, recipe.text.n_text, vq.n_embed, vq.n_codes_per_image).save(path)
 
 
-def train_image(recipe: Recipe, out: Path) -> None:
-    """Trains the image tokenizer, going on from its last checkpoint."""
+def train_image(recipe: Recipe, out: Path, mark: str) -> None:
+    """Trains the image tokenizer, going on from its last checkpoint of the same `mark`."""
     model = train_image_tokenizer(
         recipe.vq,
         recipe.vq_train,
@@ -124,6 +126,7 @@ def train_image(recipe: Recipe, out: Path) -> None:
         pictures.foreground,
         out / "runs" / IMAGE,
         device(),
+        data=mark,
     )
     ImageTokenizer(model, recipe.vq).save(out / IMAGE)
 
@@ -250,7 +253,9 @@ def _mark_of(path: Path) -> Path:
 def _is_done(path: Path, mark: str) -> bool:
     """Whether the stage's output is there. UserError if another config made it."""
     file = _mark_of(path)
-    if not path.exists() or not file.exists():
+    if not path.exists():
+        file.unlink(missing_ok=True)  # what is made now may be cut off half-way
+    if not file.exists():
         return False
     if file.read_text() != mark:
         raise UserError(

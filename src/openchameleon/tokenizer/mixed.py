@@ -62,12 +62,12 @@ class MixedTokenizer:
         self, records: Sequence[Record], answers_only: bool = True
     ) -> list[chat.Tokens]:
         """`encode_record` of each, with all their pictures in batches and equal ones once."""
-        pictures = self._picture_ids(d for record in records for d in _fitted(record))
+        pictures = self._picture_ids(d for record in records for d in fitted(record))
         return [self._tokens(record, pictures, answers_only) for record in records]
 
     def render_prompt(self, record: Record) -> list[int]:
         """The ids to continue: `<bos> segments`, or a conversation up to its answer's start."""
-        pictures = self._picture_ids(_fitted(record))
+        pictures = self._picture_ids(fitted(record))
         if isinstance(record, Document):
             return [self.vocab.bos_id, *self._encode_segments(record, "crop", pictures)]
         return chat.wrap_prompt(self._turns(record, pictures), self.vocab)
@@ -127,7 +127,7 @@ class MixedTokenizer:
     def _turns(self, record: Conversation, pictures: PictureIds) -> list[chat.Turn]:
         return [
             (turn.role, self._encode_segments(document, fit, pictures))
-            for turn, (document, fit) in zip(record.messages, _fitted(record), strict=True)
+            for turn, (document, fit) in zip(record.messages, fitted(record), strict=True)
         ]
 
     def _tokens(self, record: Record, pictures: PictureIds, answers_only: bool) -> chat.Tokens:
@@ -238,7 +238,7 @@ class _Reader:
             )
 
 
-def _fitted(record: Record) -> list[tuple[Document, Fit]]:
+def fitted(record: Record) -> list[tuple[Document, Fit]]:
     """The documents of a record, and how their pictures become squares."""
     if isinstance(record, Document):
         return [(record, "crop")]

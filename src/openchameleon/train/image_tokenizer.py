@@ -62,14 +62,16 @@ def train_image_tokenizer(
     run_folder: Path,
     device: torch.device | str = "cpu",
     on_save: Callable[[int, VQModel], None] | None = None,
+    data: str = "",
 ) -> VQModel:
     """Trains, or goes on from the last checkpoint in `run_folder`, and returns the model in eval.
 
     Writes checkpoints and metrics.jsonl (one line every `log_every` steps; usage and perplexity of
     the codebook are over the steps since the line before). On the CPU a run that is cut and
     resumed ends with the same bits. On SIGINT or SIGTERM it finishes the step, saves, and raises
-    Stopped. `on_save(step, model)` is called after each checkpoint. UserError where the folder
-    holds a run of another config or is in use, or where the loss is not finite.
+    Stopped. `on_save(step, model)` is called after each checkpoint. data: a name or a hash of what
+    the pictures are. UserError where the folder holds a run of another config or other data, or is
+    in use, or where the loss is not finite.
     """
     if 0 < train.kmeans_samples < config.n_embed:
         raise UserError(
@@ -83,7 +85,8 @@ def train_image_tokenizer(
         )
     with locked(run_folder), stop_signals() as received:
         state = build_vq_state(config, train, device)
-        start = resume(state, config, train, run_folder)
+        run = config_hash(run_hash(config, train), data)
+        start = resume(state, run, run_folder)
         state.model.train()
         with (
             closing(MetricsLog(run_folder / METRICS, start)) as log,
@@ -97,12 +100,14 @@ def train_image_tokenizer(
                     log.log(done, line)
                     progress.update(done, f"| loss {line['loss']:.4f}, {line['psnr']:.1f} dB")
                 if done % train.save_every == 0 or done == train.steps or told_to_stop:
-                    save(state, config, train, run_folder, done)
+                    save(state, config, train, run, run_folder, done)
                     if on_save is not None:
                         on_save(done, state.model)
                 progress.update(done)
                 if told_to_stop:
                     raise Stopped(stopped_text(told_to_stop[0], done))
+        if received:
+            raise Stopped(stopped_text(received[0], train.steps))
         return state.model.eval()
 
 
@@ -198,9 +203,14 @@ def metrics_line(
 
 
 def save(
-    state: VQTrainState, config: VQConfig, train: VQTrainConfig, run_folder: Path, done: int
+    state: VQTrainState,
+    config: VQConfig,
+    train: VQTrainConfig,
+    run: str,
+    run_folder: Path,
+    done: int,
 ) -> None:
-    """Writes the checkpoint of a run that has done `done` steps."""
+    """Writes the checkpoint of the run with hash `run` that has done `done` steps."""
     tensors = {f"model/{k}": v for k, v in state.model.state_dict().items()}
     tensors |= flatten_optimizer(state.optimizer, "optimizer/")
     if state.discriminator is not None and state.discriminator_optimizer is not None:
@@ -209,7 +219,7 @@ def save(
     tensors |= {"counts": state.counts, "idle": state.idle}
     meta = {
         "step": done,
-        "run": run_hash(config, train),
+        "run": run,
         "config": to_dict(config),
         "train": to_dict(train),
         "environment": environment(state.model.last_weight.device),
@@ -217,17 +227,17 @@ def save(
     save_checkpoint(run_folder, done, tensors, meta)
 
 
-def resume(state: VQTrainState, config: VQConfig, train: VQTrainConfig, run_folder: Path) -> int:
+def resume(state: VQTrainState, run: str, run_folder: Path) -> int:
     """Fills `state` from the last checkpoint; the steps done (0)."""
     path = latest_checkpoint(run_folder)
-    tensors, meta = ({}, {"step": 0}) if path is None else load_checkpoint(path)
-    if path is not None and meta["run"] != run_hash(config, train):
-        raise UserError(
-            f"{run_folder} holds an image tokenizer's run with another config; "
-            "give the config it was started with, or another folder."
-        )
     if path is None:
         return 0
+    tensors, meta = load_checkpoint(path)
+    if meta["run"] != run:
+        raise UserError(
+            f"{run_folder} holds an image tokenizer's run with another config or other pictures; "
+            "give those that it was started with, or another folder."
+        )
     warn_if_elsewhere(meta["environment"], environment(state.model.last_weight.device))
     state.model.load_state_dict(_under(tensors, "model/"))
     restore_optimizer(state.optimizer, tensors, "optimizer/")

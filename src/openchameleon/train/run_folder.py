@@ -65,7 +65,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def warn_if_elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Says on standard error where the environment of a run that goes on is another one."""
-    if changes := differences(before, now):
+    known = {key: before[key] for key in before.keys() & now.keys()}
+    if changes := differences(known, {key: now[key] for key in known}):
         print(
             f"warning: this run was begun elsewhere ({'; '.join(changes)}): it goes on, but "
             "not bit for bit as it would have there.",

@@ -445,6 +445,7 @@ def test_an_unknown_recipe_or_key_names_the_nearest(capsys: pytest.CaptureFixtur
         (["tokenizer", "image", "images", "--out", "."], "config.json exists already"),
         (["tokenizer", "report", ".", "images", "--out", "notes.txt"], "Cannot write to"),
         (["train", "nano", "data=images", "--out", "images/out"], "lies inside the data folder"),
+        (["train", "nano", "data=notes.txt", "--out", "here"], "lies inside the data folder"),
         (["tokenizer", "report", ".", "images", "--out", "r"], "no readable image tokenizer"),
     ],
 )  # fmt: skip

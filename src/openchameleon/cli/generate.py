@@ -1,9 +1,9 @@
 """Answers a prompt of text and pictures with text and pictures.
 
 Each SEGMENT is text, or a picture as @FILE (write @@ for a text that begins with @); words in a row
-are joined by spaces. Text is shown
-as it comes. With --out, the answer is DIR/response.md and DIR/image-1.png, DIR/image-2.png ...;
-without it, an answer that has pictures goes to a new folder openchameleon-1, -2 ... here.
+are joined by spaces. Text is shown as it comes. With --out, the answer is DIR/response.md and
+DIR/image-1.png, DIR/image-2.png ...; without it, an answer that has pictures goes to a new folder
+openchameleon-1, -2 ... here.
 
   openchameleon generate "Draw a cat at the top left and a pizza at the bottom right." --out out
   openchameleon generate "What is at the top left?" @out/image-1.png --mode text

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from openchameleon.cli.main import Action
 from openchameleon.cli.output import make_folder, refuse_existing
 from openchameleon.config import config_hash, override
+from openchameleon.data.sources import file_stamps
 from openchameleon.document import read_jsonl
 from openchameleon.errors import UserError, nearest
 from openchameleon.image_io import SUFFIXES, open_image, square
@@ -43,8 +44,8 @@ def run_text(options: argparse.Namespace) -> int:
     if options.out.suffix != ".model":
         raise UserError(f"--out is {options.out}; a text tokenizer's name ends in .model.")
     refuse_existing(options.out)
-    make_folder(options.out.parent)
     texts = read_texts(options.corpus)
+    make_folder(options.out.parent)
     from openchameleon.tokenizer.image import ImageTokenizer
     from openchameleon.tokenizer.text import train_text_tokenizer
 
@@ -103,7 +104,7 @@ def run_image(options: argparse.Namespace) -> int:
         None,
         options.out / "run",
         options.device,
-        data=config_hash([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]),
+        data=config_hash(file_stamps(files, options.pictures)),
     )
     ImageTokenizer(model, chosen.vq).save(options.out)
     print(f"{options.out}: {chosen.train.steps} steps over {len(files)} pictures")
@@ -122,8 +123,8 @@ def run_report(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UserError(f"--n is {options.n}; it must be at least 1.")
     refuse_existing(options.out / "report.json")
-    make_folder(options.out)
     files = find_pictures(options.pictures)[: options.n]
+    make_folder(options.out)
     from openchameleon.evaluation.reconstruction import write_report
 
     tokenizer = load_image_tokenizer(options.tokenizer)

@@ -8,7 +8,7 @@ its caption is a conversation, as people will have it with the model: one of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,12 @@ def count_records(path: Path) -> int:
         with jsonl.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
     return len(_pictures(path))
+
+
+def file_stamps(files: Iterable[Path], folder: Path) -> list[object]:
+    """Name under `folder`, size and time of each file: changes with what there is to learn from."""
+    stats = ((file, file.stat()) for file in files)
+    return [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in stats]
 
 
 def _jsonl_of(path: Path) -> Path | None:

@@ -18,8 +18,8 @@ from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
 # The world's mixture with more of what takes tens of thousands of examples: to find what is named,
-# before or behind its picture. Changes of pictures come later: they take a third of the tokens
-# where they are, and are learned soon by who knows the names (docs/LOG.md).
+# before or behind its picture. Changes of pictures come later: their samples are long, and would
+# take tokens from it (docs/LOG.md).
 PRETRAIN = MIXTURE | {
     "draw": 0.2,
     "draw_pair": 0.06,

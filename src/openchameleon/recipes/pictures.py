@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openchameleon.data.sources import read_records
+from openchameleon.data.sources import file_stamps, read_records
 from openchameleon.document import Record, Text, documents_of
 from openchameleon.errors import UserError
 from openchameleon.image_io import SUFFIXES, square
@@ -41,10 +41,14 @@ def fingerprint(recipe: Recipe) -> list[object]:
     """
     if not recipe.data:
         return [recipe.world, WORLD_VERSION, TEXTS_VERSION]
-    path = Path(recipe.data)
-    folder = path if path.is_dir() else path.parent
+    folder = data_folder(recipe.data)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in DATA_SUFFIXES)
-    return [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return file_stamps(files, folder)
+
+
+def data_folder(data: str) -> Path:
+    """Where the data lie: the folder itself, or the one that a records' file is in."""
+    return Path(data).parent if Path(data).is_file() else Path(data)
 
 
 def picture_source(recipe: Recipe) -> Pictures:

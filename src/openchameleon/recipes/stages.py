@@ -50,7 +50,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
 
     UserError where `out` holds the stages of another config, is in use, or lies among the data.
     """
-    if recipe.data and out.resolve().is_relative_to(Path(recipe.data).resolve()):
+    if recipe.data and out.resolve().is_relative_to(pictures.data_folder(recipe.data).resolve()):
         raise UserError(f"--out {out} lies inside the data folder {recipe.data}; name another.")
     with locked(out):
         model = _run_stages(seeded(recipe), out)
@@ -59,6 +59,7 @@ def run_recipe(recipe: Recipe, out: Path) -> Path:
 
 
 def _run_stages(recipe: Recipe, out: Path) -> Path:
+    """`run_recipe` of a seeded recipe, in a folder that is locked."""
     source = (pictures.fingerprint(recipe), recipe.seed)
     codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
     text = config_hash(recipe.text, MIXTURE, *codes, *source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -47,10 +49,10 @@ def picture(seed: int, width: int = 8, height: int = 8) -> PIL.Image.Image:
     return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def asked(*answers: Document) -> Conversation:
+def asked(*answers: Document, question: Sequence[str | Image] = ("cat?",)) -> Conversation:
     turns: list[Message] = []
     for answer in answers:
-        turns += [Message("user", Document(["cat?"])), Message("assistant", answer)]
+        turns += [Message("user", Document(question)), Message("assistant", answer)]
     return Conversation(turns)
 
 
@@ -208,6 +210,22 @@ def test_a_users_picture_is_padded_and_every_other_cropped():
     assert learnt == [VOCAB.bos_id, *padded, eot, *cropped, VOCAB.eos_id]
     assert MIXED.encode(shown) == cropped
     assert MIXED.render_prompt(shown) == [VOCAB.bos_id, *cropped]
+
+
+def test_the_only_picture_of_a_users_turn_is_read_first_where_that_is_asked_for():
+    first = MixedTokenizer(VOCAB, TEXT, IMAGE, picture_first=True)
+    a, b, answer = Image(picture(0)), Image(picture(1)), Document(["a", Image(picture(2))])
+    for shown in (["a cat?", a], ["a ", a, "cat?"], [a, "a cat?"]):
+        moved = sorted(shown, key=lambda part: isinstance(part, str))
+        ids, mask = first.encode_record(asked(answer, question=shown))
+        assert (ids, mask) == MIXED.encode_record(asked(answer, question=moved))
+        prompt = first.render_prompt(Conversation.ask(Document(shown)))
+        assert prompt == ids[: len(prompt)], "a prompt begins as its training did"
+    for kept in (["a", a, "b", b], ["no picture"]):
+        assert first.encode_record(asked(answer, question=kept)) == MIXED.encode_record(
+            asked(answer, question=kept)
+        )
+    assert first.encode_record(answer) == MIXED.encode_record(answer), "documents keep their order"
 
 
 def test_a_model_without_image_tokenizer_says_so():

@@ -58,6 +58,26 @@ def test_save_and_load_keep_logits_codes_and_text(tiny: Chameleon, tmp_path: Pat
     assert copy.config == tiny.config
 
 
+def test_a_folder_says_whether_a_picture_is_read_before_its_question(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "first"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    question, turned = (
+        Conversation.ask(Document(parts))
+        for parts in (["a?", Image(PICTURE)], [Image(PICTURE), "a?"])
+    )
+    for picture_first in (False, True):
+        (folder / "config.json").write_text(json.dumps(config | {"picture_first": picture_first}))
+        model = Chameleon.from_pretrained(folder, device="cpu")
+        prompts = [model.tokenizer.render_prompt(c) for c in (question, turned)]
+        assert (prompts[0] == prompts[1]) == picture_first
+        model.save(tmp_path / "again")
+        again = Chameleon.from_pretrained(tmp_path / "again", device="cpu")
+        assert again.tokenizer.render_prompt(question) == prompts[0]
+
+
 def test_weights_saved_in_bfloat16_run_in_float32_on_a_cpu(tiny: Chameleon, tmp_path: Path) -> None:
     tiny.save(tmp_path / "half", dtype="bfloat16")
     half = Chameleon.from_pretrained(tmp_path / "half", device="cpu")

@@ -532,7 +532,6 @@ def test_foreign_pictures_are_for_reading_only() -> None:
             "question",
             "quiz",
             "drill",
-            "find",
             "program_read",
         }
         assert {s.meta.foreign for s in foreign} == {expected}
@@ -612,7 +611,7 @@ def test_texts_for_the_tokenizer_are_few_and_plain() -> None:
 TEXTS = {
     "draw": "f75d587e", "draw_pair": "50701bfc", "unconditional": "63c41fbe", "caption": "36d58c44",
     "inventory": "a6ba23cc", "question": "b456622f", "quiz": "2a9a69ac", "drill": "cf40f935",
-    "find": "0212ff38", "story": "546e7bc1", "story_turn": "3bb97a14", "program_draw": "d7c11af5",
+    "story": "546e7bc1", "story_turn": "3bb97a14", "program_draw": "d7c11af5",
     "program_read": "2af15bde", "text": "2deadcd6", "talk": "2416fb30", "dialog": "b639948e",
     "changes": "accc9b81",
 }  # fmt: skip

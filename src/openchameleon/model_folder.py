@@ -35,7 +35,8 @@ class FolderConfig:
     """`config.json` of a model folder.
 
     outputs: what the model may write; a model released as text only is ["text"], whatever its
-    weights could do. sampling: the defaults of generation.
+    weights could do. sampling: the defaults of generation. picture_first: see MixedTokenizer; a
+    folder that does not say keeps the order of the words and the picture.
     """
 
     name: str
@@ -44,6 +45,7 @@ class FolderConfig:
     outputs: tuple[Literal["text", "image"], ...] = ("text", "image")
     sampling: SamplingParams = field(default_factory=SamplingParams)
     text_tokenizer: str = "tokenizer.model"
+    picture_first: bool = False
     format: int = FORMAT
 
 

@@ -97,7 +97,8 @@ class Chameleon:
             model = read_model(folder, config.model, place, _dtype(dtype, place))
             if (folder / IMAGE_TOKENIZER).is_dir():
                 image = ImageTokenizer.load(folder / IMAGE_TOKENIZER, place)
-        return Chameleon(config, model, MixedTokenizer(config.vocab, text, image))
+        tokenizer = MixedTokenizer(config.vocab, text, image, config.picture_first)
+        return Chameleon(config, model, tokenizer)
 
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
         """Writes the model folder, whole or not at all; a model folder that is there is replaced.

@@ -54,7 +54,8 @@ class Recipe:
     world: the preset that samples come from; `data`: a folder of records or of captioned pictures
     used in its place, for every stage. foreign_pictures: share of the image tokenizer's pictures
     drawn by other means. row_len: tokens in a packed row. bind: a first, short stage on the densest
-    mixture, in which names bind to codes (docs/LOG.md), if there is one.
+    mixture, in which names bind to codes (docs/LOG.md), if there is one. picture_first: the only
+    picture of a user's turn is read before its words, in training and in the model that is made.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Recipe:
     data: str | None = None
     foreign_pictures: float = 0.2
     workers: int = 2
+    picture_first: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:

@@ -18,35 +18,31 @@ from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 from openchameleon.world.sample import MIXTURE
 
 # The world's mixture with more of what takes tens of thousands of examples: to find what is named,
-# before or behind its picture. Changes of pictures come later: their samples are long, and would
-# take tokens from it (docs/LOG.md).
+# and to draw what a sentence leaves of the picture before it (docs/LOG.md).
 PRETRAIN = MIXTURE | {
-    "draw": 0.2,
-    "draw_pair": 0.06,
+    "draw": 0.18,
+    "draw_pair": 0.05,
     "caption": 0.08,
     "inventory": 0.12,
     "quiz": 0.13,
-    "drill": 0.2,
-    "find": 0.1,
-    "changes": 0.0,
+    "drill": 0.22,
+    "changes": 0.15,
 }
 
-# Instructions, nearly all of it, as people will give them, and more of what is learned last: to
-# draw what a sentence leaves of the picture before it, and to read pictures drawn by others.
+# Instructions, nearly all of it, as people will give them.
 TUNE = {
-    "draw": 0.15,
+    "draw": 0.24,
     "unconditional": 0.02,
-    "caption": 0.08,
-    "question": 0.05,
+    "caption": 0.11,
+    "question": 0.06,
     "quiz": 0.12,
-    "drill": 0.18,
-    "find": 0.05,
-    "changes": 0.13,
-    "story_turn": 0.1,
-    "program_draw": 0.03,
-    "program_read": 0.03,
-    "talk": 0.03,
-    "dialog": 0.03,
+    "drill": 0.12,
+    "changes": 0.03,
+    "story_turn": 0.13,
+    "program_draw": 0.04,
+    "program_read": 0.04,
+    "talk": 0.04,
+    "dialog": 0.05,
 }
 
 
@@ -90,19 +86,19 @@ def recipe() -> Recipe:
         ),
         pretrain=StageConfig(
             train=TrainConfig(
-                steps=2700, batch_size=5, log_every=50, save_every=250, eval_every=1000
+                steps=3000, batch_size=5, log_every=50, save_every=250, eval_every=1000
             ),
             optim=OptimConfig(
                 lr=4e-3, matrices="muon", warmup_steps=50, decay="cosine", min_lr_ratio=0.3
             ),
             mixture=PRETRAIN,
-            n_shards=4,
-            shard_size=14_000,
+            n_shards=5,
+            shard_size=12_000,
             foreign_share=0.2,
         ),
         tune=StageConfig(
             train=TrainConfig(
-                steps=2900,
+                steps=2400,
                 batch_size=5,
                 loss=LossConfig(code_weight=0.5),
                 log_every=50,

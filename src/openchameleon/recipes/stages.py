@@ -66,9 +66,10 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
     _stage(out / IMAGE, image, lambda: train_image(recipe, out, image))
+    tokenizers = config_hash(text, image, recipe.row_len, recipe.picture_first)
     before: Path | None = None
     for name, stage in recipe.stages().items():
-        rows = prepare_rows(recipe, name, stage, out, config_hash(text, image, recipe.row_len))
+        rows = prepare_rows(recipe, name, stage, out, tokenizers)
         before = train_stage(recipe, name, stage, out, rows, before)
     assert before is not None
     tokenizer = load_tokenizer(recipe, out)
@@ -108,7 +109,13 @@ def model_config(recipe: Recipe) -> ModelConfig:
 def folder_config(recipe: Recipe) -> FolderConfig:
     """`config.json` of the model that the recipe makes."""
     shape = model_config(recipe)
-    return FolderConfig(recipe.name, vocab_of(recipe), shape, sampling=recipe.sampling)
+    return FolderConfig(
+        recipe.name,
+        vocab_of(recipe),
+        shape,
+        sampling=recipe.sampling,
+        picture_first=recipe.picture_first,
+    )
 
 
 def train_text(recipe: Recipe, path: Path) -> None:
@@ -135,7 +142,7 @@ def train_image(recipe: Recipe, out: Path, mark: str) -> None:
 def load_tokenizer(recipe: Recipe, out: Path) -> MixedTokenizer:
     """Both tokenizers of a run, as one."""
     text, image = load_text_tokenizer(out / TEXT), ImageTokenizer.load(out / IMAGE)
-    return MixedTokenizer(vocab_of(recipe), text, image)
+    return MixedTokenizer(vocab_of(recipe), text, image, recipe.picture_first)
 
 
 def prepare_rows(

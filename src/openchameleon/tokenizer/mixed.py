@@ -28,12 +28,21 @@ class MixedTokenizer:
     Pictures are cropped to squares, but those that a user shows in a conversation are padded, so
     that nothing of them is lost (paper, section 3.2). UserError if the parts do not fit the
     vocabulary. Without an image tokenizer it handles text.
+
+    picture_first: in a conversation, the only picture of a user's turn is read before its words,
+    wherever it stands among them: so a small model learns one order of the two, not both
+    (docs/LOG.md). Several pictures stay where the words need them.
     """
 
     def __init__(
-        self, vocab: Vocab, text: TextTokenizer, image: ImageTokenizer | None = None
+        self,
+        vocab: Vocab,
+        text: TextTokenizer,
+        image: ImageTokenizer | None = None,
+        picture_first: bool = False,
     ) -> None:
         self.vocab, self.text, self.image = vocab, text, image
+        self.picture_first = picture_first
         if text.text_start < vocab.text_start or text.text_stop > vocab.text_stop:
             raise UserError(
                 f"The text tokenizer writes ids {text.text_start}..{text.text_stop - 1}, the"
@@ -125,10 +134,12 @@ class MixedTokenizer:
         return ids
 
     def _turns(self, record: Conversation, pictures: PictureIds) -> list[chat.Turn]:
-        return [
-            (turn.role, self._encode_segments(document, fit, pictures))
-            for turn, (document, fit) in zip(record.messages, fitted(record), strict=True)
-        ]
+        turns: list[chat.Turn] = []
+        for turn, (document, fit) in zip(record.messages, fitted(record), strict=True):
+            if self.picture_first and turn.role == "user" and len(document.images) == 1:
+                document = Document(sorted(document, key=lambda s: isinstance(s, Text)))
+            turns.append((turn.role, self._encode_segments(document, fit, pictures)))
+        return turns
 
     def _tokens(self, record: Record, pictures: PictureIds, answers_only: bool) -> chat.Tokens:
         if isinstance(record, Document):

@@ -204,18 +204,6 @@ def _drill(job: Job) -> Sample:
     return _asked(job, job.scene(at_least=6), job.rng.randint(8, 12), NAMING)
 
 
-def _find(job: Job) -> Sample:
-    """What is to be found, and only then the fuller picture to find it in.
-
-    Of the questions about a picture only the first can stand before it: too few to learn from.
-    """
-    world, scene = job.preset, job.scene(at_least=6)
-    held_out = job.split == "unseen_phrasings"
-    question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out, NAMING)
-    record = _exchange([job.typed(question.text), job.shown(scene)], question.answer)
-    return Sample(record, job.meta(question.kind, [scene], answer=question.answer))
-
-
 def _asked(job: Job, scene: Scene, n_questions: int, kinds: Iterable[str] = tuple(KINDS)) -> Sample:
     """A picture with its questions as turns; the first stands before or after the picture."""
     world = job.preset
@@ -375,7 +363,6 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
     "question": _question,
     "quiz": _quiz,
     "drill": _drill,
-    "find": _find,
     "story": _story,
     "story_turn": _story_turn,
     "program_draw": _program_draw,
@@ -387,5 +374,5 @@ TASKS: dict[str, Callable[[Job], Sample]] = {
 }
 """Every task by name."""
 
-READING = frozenset({"caption", "inventory", "question", "quiz", "drill", "find", "program_read"})
+READING = frozenset({"caption", "inventory", "question", "quiz", "drill", "program_read"})
 """The tasks whose pictures are the user's, so that they may be foreign."""

@@ -319,6 +319,18 @@ def test_hooks_are_called_in_eval_mode_and_logged_as_scores(uninterrupted: Path,
     assert bits(final(run)) == bits(final(uninterrupted))
 
 
+def test_a_step_is_saved_although_a_hook_fails(uninterrupted: Path, run: Path) -> None:
+    def fails(model: Transformer, step: int) -> dict[str, float]:
+        raise RuntimeError("no scores")
+
+    config = dataclasses.replace(CONFIG, eval_every=10)
+    with pytest.raises(RuntimeError, match="no scores"):
+        train(run, config, hooks={"world": fails})
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
+    assert (run / "checkpoints" / "step-00000010").is_dir()
+    assert bits(train(run, config)) == bits(final(uninterrupted))
+
+
 def test_hooks_see_the_model_as_it_is_saved_whatever_it_trains_in(run: Path) -> None:
     token_ids = torch.arange(8)[None]
     seen = []

@@ -71,6 +71,7 @@ def test_a_recipe_ends_in_a_model_that_answers(run: tuple[Recipe, Path, Path]) -
     model = Chameleon.from_pretrained(run[2])
     answer = model.generate("Draw a cat.", mode="image", seed=0)
     assert [p.size for p in answer.images] == [(96, 96)]
+    assert json.loads((run[2] / "config.json").read_text())["picture_first"] is True
 
 
 def test_finished_stages_are_skipped(

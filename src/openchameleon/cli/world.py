@@ -15,9 +15,6 @@ from openchameleon.world.sample import MIXTURE, sample_records, write_samples
 from openchameleon.world.splits import SPLITS
 from openchameleon.world.tasks import TASKS
 
-OWN_SHARE = 0.1
-"""Weight of a task that the world's own mixture does not have, where it is asked for."""
-
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -43,7 +40,7 @@ def run_sample(options: argparse.Namespace) -> int:
         for name in names:
             if name not in TASKS:
                 raise UserError(f"Unknown task {name!r}.{nearest(name, TASKS)}")
-        mixture = {name: MIXTURE.get(name, OWN_SHARE) for name in names}
+        mixture = {name: MIXTURE[name] for name in names}
     preset = find_preset(options.preset)
     samples = sample_records(preset, options.split, mixture, options.n, options.seed)
     print(write_samples(options.out, samples, options.n, preset))

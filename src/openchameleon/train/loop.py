@@ -184,10 +184,12 @@ class _Run:
         self.busy += time.perf_counter() - start
         self.n_tokens += metrics.n_tokens
         self.report(metrics, lr)
-        if self.config.eval_every and self.is_due(self.config.eval_every):
-            self.evaluate()  # before the save: after a kill in between, scores are not missing
-        if self.is_due(self.config.save_every):
-            self.save_if_space()
+        try:
+            if self.config.eval_every and self.is_due(self.config.eval_every):
+                self.evaluate()  # before the save: after a kill in between, scores are not missing
+        finally:  # a hook that fails costs its scores, but no step
+            if self.is_due(self.config.save_every):
+                self.save_if_space()
 
     def update(self, lr: float) -> StepMetrics:
         """Trains on the batch of this step."""

@@ -21,6 +21,7 @@ from openchameleon.world.captions import (
     Demand,
     Relation,
     caption,
+    composed,
     describe,
     inventory,
     parse_caption,
@@ -29,7 +30,7 @@ from openchameleon.world.captions import (
     with_article,
 )
 from openchameleon.world.programs import program, run_program
-from openchameleon.world.questions import ask
+from openchameleon.world.questions import KINDS, ask
 from openchameleon.world.render import render
 from openchameleon.world.sample import (
     MIXTURE,
@@ -101,6 +102,31 @@ def test_plurals_are_distinct_from_each_other() -> None:
         "buses",
     ]
     assert len({plural(n) for n in names}) == len(names)
+
+
+def test_what_the_words_leave_open_is_composed_in_their_order() -> None:
+    def places(scene: Scene, demand: Demand) -> list[tuple[str, str]]:
+        made = composed(scene, demand, GRID)
+        assert demand.met_by(made)
+        return [(o.name, cell_name(GRID, o.cell)) for o in made.objects]
+
+    def named(scene: Scene) -> Demand:
+        return Demand(names=tuple(sorted(scene.names())))
+
+    cat = on_sky(("cat", "top left"))
+    assert places(cat, named(cat)) == [("cat", "center")]
+    assert places(CAT_PIZZA, named(CAT_PIZZA)) == [("cat", "left"), ("pizza", "right")]
+    cats = on_sky(("cat", "top"), ("dog", "left"), ("cat", "bottom"))
+    row = [("cat", "left"), ("cat", "center"), ("dog", "right")]  # "two cats and a dog"
+    assert places(cats, named(cats)) == row
+    upright = on_sky(("owl", "left"), ("fox", "bottom left"))
+    for relation in (Relation("owl", "above", "fox"), Relation("fox", "below", "owl")):
+        demand = Demand(names=("fox", "owl"), relation=relation)
+        assert places(upright, demand) == [("owl", "top"), ("fox", "bottom")]
+    settled = Demand(objects=CAT_PIZZA.objects)
+    assert composed(CAT_PIZZA, settled, GRID) == CAT_PIZZA
+    four = on_sky(("cat", "top"), ("dog", "left"), ("owl", "right"), ("fox", "bottom"))
+    assert composed(four, named(four), GRID) == four
 
 
 @pytest.mark.parametrize("preset", [NANO, SMALL], ids=lambda p: p.name)
@@ -257,6 +283,32 @@ def test_one_background_is_not_asked_for() -> None:
     kinds = {ask(CAT_PIZZA, GRID, NANO.emoji, ("sky",), Random(i)).kind for i in range(100)}
     assert "background" not in kinds
     assert len(kinds) == 4
+
+
+def asked_for(text: str) -> tuple[str, str] | None:
+    """A question's kind and subject, or None where it is carelessly typed."""
+    for kind, made in KINDS.items():
+        for form in made.texts:
+            head, _, tail = form.partition("{}")
+            if text.startswith(head) and text.endswith(tail):
+                return kind, text.removeprefix(head).removesuffix(tail)
+    return None
+
+
+@pytest.mark.parametrize("task", ["question", "quiz", "drill"])
+def test_no_two_questions_about_a_picture_ask_the_same(task: str) -> None:
+    for i in range(200):
+        made = write_record(task, "train", i, NANO, with_pixels=False).record
+        assert isinstance(made, Conversation)
+        asked = [asked_for(m.document.text) for m in made.messages if m.role == "user"]
+        read = [a for a in asked if a is not None]
+        assert len(set(read)) == len(read), read
+
+
+def test_drills_count_names_that_come_back() -> None:
+    made = [write_record("drill", "train", i, NANO, with_pixels=False) for i in range(400)]
+    repeated = [len(set(names)) < len(names) for s in made for names in [s.meta.scenes[0].names()]]
+    assert 0.35 < sum(repeated) / 400 < 0.65
 
 
 # Stories
@@ -509,6 +561,18 @@ def test_records_agree_with_their_meta_and_repeat_exactly(task: str, split: str)
             assert split != "train" or trainable(scene)
 
 
+def test_open_places_are_composed_in_training_and_anywhere_in_tests() -> None:
+    for split, low, high in (("train", 0.6, 0.85), ("iid", 0.0, 0.2)):
+        made = [write_record("draw", split, i, NANO, with_pixels=False) for i in range(800)]
+        is_composed = [
+            composed(s.meta.scenes[0], s.meta.demand, GRID) == s.meta.scenes[0]
+            for s in made
+            if s.meta.demand is not None and s.meta.demand.objects is None
+        ]
+        assert len(is_composed) > 100
+        assert low < sum(is_composed) / len(is_composed) < high
+
+
 def test_pictures_are_the_scenes_drawn() -> None:
     for task in ("draw", "story", "dialog", "program_draw"):
         for i in range(5):
@@ -574,6 +638,7 @@ def test_noise_never_makes_another_name() -> None:
 
 
 def test_mixture_shares_are_kept_and_seeds_differ() -> None:
+    assert MIXTURE.keys() == TASKS.keys()
     made = list(sample_records(NANO, "train", MIXTURE, 2000, seed=0, with_pixels=False))
     counts = Counter(s.meta.task for s in made)
     for task, weight in MIXTURE.items():
@@ -609,10 +674,10 @@ def test_texts_for_the_tokenizer_are_few_and_plain() -> None:
 
 
 TEXTS = {
-    "draw": "f75d587e", "draw_pair": "50701bfc", "unconditional": "63c41fbe", "caption": "36d58c44",
-    "inventory": "a6ba23cc", "question": "b456622f", "quiz": "2a9a69ac", "drill": "cf40f935",
+    "draw": "31881425", "draw_pair": "6ccd535a", "unconditional": "63c41fbe", "caption": "36d58c44",
+    "inventory": "a6ba23cc", "question": "b456622f", "quiz": "0aab2a79", "drill": "4e784875",
     "story": "546e7bc1", "story_turn": "3bb97a14", "program_draw": "d7c11af5",
-    "program_read": "2af15bde", "text": "2deadcd6", "talk": "2416fb30", "dialog": "b639948e",
+    "program_read": "2af15bde", "text": "2deadcd6", "talk": "9c4a5919", "dialog": "ea816a8d",
     "changes": "accc9b81",
 }  # fmt: skip
 
@@ -626,4 +691,4 @@ def test_the_version_of_the_texts_is_raised_with_every_change_of_them(task: str)
             sample = write_record(task, split, i, NANO, with_pixels=False)
             said.update(json.dumps(record_to_json(sample.record, lambda _: "")).encode())
             said.update(repr(sample.meta.scenes).encode())
-    assert (TEXTS_VERSION, said.hexdigest()[:8]) == (1, TEXTS[task])
+    assert (TEXTS_VERSION, said.hexdigest()[:8]) == (2, TEXTS[task])

@@ -23,7 +23,6 @@ from openchameleon.world.foreign import render_foreign
 from openchameleon.world.render import render
 from openchameleon.world.sample import (
     MIXTURE,
-    TEXTS_VERSION,
     all_texts,
     sample_records,
     write_samples,
@@ -35,12 +34,12 @@ DATA_SUFFIXES = SUFFIXES | {".txt", ".jsonl"}
 
 
 def fingerprint(recipe: Recipe) -> list[object]:
-    """Changes with what there is to learn from: the world and its texts, or a folder's files.
+    """Changes with what there is to learn from: the world's scenes, or a folder's files.
 
     Of a folder's, those with pictures, captions and records count, by name, size and time.
     """
     if not recipe.data:
-        return [recipe.world, WORLD_VERSION, TEXTS_VERSION]
+        return [recipe.world, WORLD_VERSION]
     folder = data_folder(recipe.data)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in DATA_SUFFIXES)
     return file_stamps(files, folder)

@@ -40,7 +40,7 @@ from openchameleon.train.loop import fit
 from openchameleon.train.metrics import plot_metrics
 from openchameleon.train.run_folder import locked
 from openchameleon.vocab import Vocab
-from openchameleon.world.sample import MIXTURE
+from openchameleon.world.sample import MIXTURE, TEXTS_VERSION
 
 TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
 
@@ -62,7 +62,7 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     """`run_recipe` of a seeded recipe, in a folder that is locked."""
     source = (pictures.fingerprint(recipe), recipe.seed)
     codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
-    text = config_hash(recipe.text, MIXTURE, *codes, *source)
+    text = config_hash(recipe.text, MIXTURE, TEXTS_VERSION, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
     _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
     _stage(out / IMAGE, image, lambda: train_image(recipe, out, image))

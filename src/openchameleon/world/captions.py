@@ -204,7 +204,7 @@ def _counts(scene: Scene, grid: Grid, rng: Random) -> tuple[str, str, Demand]:
 def _title(scene: Scene, grid: Grid, rng: Random) -> tuple[str, str, Demand] | None:
     if len(set(scene.names())) != len(scene.objects):
         return None
-    text = listed([o.name for o in _order(scene, rng)])
+    text = listed(scene.names())
     return capitalised(text), text, Demand(names=tuple(sorted(scene.names())))
 
 
@@ -242,6 +242,23 @@ def caption(scene: Scene, grid: Grid, rng: Random, grammars: Iterable[Grammar]) 
     if not able:
         raise ValueError(f"no grammar can say {scene}")
     return rng.choices([c for _, c in able], [w for w, _ in able])[0]
+
+
+def composed(scene: Scene, demand: Demand, grid: Grid) -> Scene:
+    """The scene as a careful hand would draw it from the words alone.
+
+    Where they leave the places open, objects stand in the order of the words, evenly along the
+    middle row; along the middle column where one is above the other. Scenes that `demand` settles,
+    or with more objects than a row has cells, come back as they are.
+    """
+    names = tuple(Counter(scene.names()).elements())
+    if demand.objects is not None or len(names) > grid.n:
+        return scene
+    middle, last, steps = (grid.n - 1) // 2, grid.n - 1, len(names) - 1
+    along = [round(i * last / steps) for i in range(steps + 1)] if steps else [middle]
+    upright = demand.relation is not None and demand.relation.side in ("above", "below")
+    cells = [(i, middle) if upright else (middle, i) for i in along]
+    return Scene(scene.background, map(Placed, cells, names))
 
 
 def request(caption: Caption, rng: Random, held_out: bool = False) -> str:

@@ -19,11 +19,15 @@ EMPTY_SHARE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`answer` is what a model must write, exactly: "cat", "top left", "two", "yes", "sky"."""
+    """`answer` is what a model must write, exactly: "cat", "top left", "two", "yes", "sky".
+
+    Two questions of one `kind` and `subject` ask the same in other words.
+    """
 
     kind: str
     text: str
     answer: str
+    subject: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +128,8 @@ KINDS: dict[str, Kind] = {
 }
 
 
-NAMING = ("where", "how_many", "is_there")
-"""The kinds of question that name what is to be found."""
+NAMING = ("where", "where", "how_many", "how_many", "is_there")
+"""The kinds of question that name what is to be found, the harder ones twice."""
 
 
 def ask(
@@ -137,7 +141,7 @@ def ask(
     held_out: bool = False,
     kinds: Iterable[str] = tuple(KINDS),
 ) -> Question:
-    """A question about `scene` (at most 9 objects), each of `kinds` as likely.
+    """A question about `scene` (at most 9 objects), each of `kinds` as likely as it stands there.
 
     `names` is the vocabulary absent objects come from; `held_out` takes phrasings never trained. A
     world of one background is not asked for it.
@@ -145,4 +149,4 @@ def ask(
     kind = rng.choice([k for k in kinds if k != "background" or len(backgrounds) > 1])
     subject, answer = KINDS[kind].subject_and_answer(_Look(scene, grid, names, rng))
     texts = KINDS[kind].held_out_texts if held_out else KINDS[kind].texts
-    return Question(kind, rng.choice(texts).format(subject), answer)
+    return Question(kind, rng.choice(texts).format(subject), answer, subject)

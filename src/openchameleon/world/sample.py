@@ -23,7 +23,7 @@ from openchameleon.world.programs import program
 from openchameleon.world.splits import SPLITS, WORLD_VERSION, share
 from openchameleon.world.tasks import READING, TASKS, Job, Meta, Sample
 
-TEXTS_VERSION = 1
+TEXTS_VERSION = 2
 """Raised when the same scenes get other texts, so that a run does not go on with the old ones."""
 
 MIXTURE: dict[str, float] = {

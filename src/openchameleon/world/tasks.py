@@ -28,6 +28,7 @@ from openchameleon.world.captions import (
     Caption,
     Demand,
     caption,
+    composed,
     describe,
     inventory,
     listed,
@@ -39,11 +40,17 @@ from openchameleon.world.foreign import render_foreign
 from openchameleon.world.programs import program
 from openchameleon.world.questions import KINDS, NAMING, ask
 from openchameleon.world.render import render
-from openchameleon.world.scene import Scene
+from openchameleon.world.scene import Placed, Scene
 from openchameleon.world.stories import Story, change, write_story
 from openchameleon.world.talk import FORBIDDEN, REFUSAL, counting, noise, talk
 
 NOISE_SHARE = 0.05
+COMPOSED_SHARE = 0.75
+"""Of the trained pictures whose places the words leave open, those that are composed.
+
+Were all of them anywhere, the likeliest next code would nearly always be the background's: a model
+that takes the likeliest leaves everything to the last row, where there is no room for it.
+"""
 DESCRIBE = ("Describe the picture.", "What do you see?", "Describe this.")
 HELD_OUT_DESCRIBE = ("Tell me what is in the picture.",)
 PROGRAM_OF = "Write the program."
@@ -148,16 +155,25 @@ def _caption(job: Job, scene: Scene, held_out: bool = False) -> Caption:
     return caption(scene, job.preset.grid, job.rng, able)
 
 
+def _captioned(job: Job, held_out: bool = False) -> tuple[Caption, Scene]:
+    """A caption and the scene to be drawn for it."""
+    scene = job.scene()
+    said = _caption(job, scene, held_out)
+    if job.split == "train" and job.rng.random() < COMPOSED_SHARE:
+        better = composed(scene, said.demand, job.preset.grid)
+        scene = better if job.allowed(better) else scene
+    return said, scene
+
+
 def _exactly(scene: Scene) -> Demand:
     return Demand(objects=scene.objects, background=scene.background)
 
 
 def _draw(job: Job) -> Sample:
-    scene = job.scene()
     novelty = job.rng.choice(("grammar", "grammar", "prefix", "noise"))
     if job.split != "unseen_phrasings":
         novelty = "none"
-    said = _caption(job, scene, held_out=novelty == "grammar")
+    said, scene = _captioned(job, held_out=novelty == "grammar")
     text = request(said, job.rng, held_out=novelty == "prefix")
     text = noise(text, job.rng) if novelty == "noise" else job.typed(text)
     record = _exchange(text, job.drawn(scene))
@@ -165,8 +181,7 @@ def _draw(job: Job) -> Sample:
 
 
 def _draw_pair(job: Job) -> Sample:
-    scene = job.scene()
-    said = _caption(job, scene, held_out=job.split == "unseen_phrasings")
+    said, scene = _captioned(job, held_out=job.split == "unseen_phrasings")
     record = Document(_either_order(job, job.drawn(scene), said.text))
     return Sample(record, job.meta(said.grammar, [scene], said.demand))
 
@@ -197,20 +212,41 @@ def _quiz(job: Job) -> Sample:
 
 
 def _drill(job: Job) -> Sample:
-    """A fuller picture and eight to twelve questions that name what is to be found in it.
+    """A fuller picture and questions that name what is to be found in it, as many as it can bear.
 
-    To find one of six by its name is hard to guess.
+    To find one of many by its name is hard to guess. In half of them names come back, for counting.
     """
-    return _asked(job, job.scene(at_least=6), job.rng.randint(8, 12), NAMING)
+    scene = job.scene(at_least=8)
+    if job.rng.random() < 0.5:
+        scene = _with_repeats(job, scene)
+    n_names = len(set(scene.names()))  # more questions would be of what is not there
+    return _asked(job, scene, 2 * n_names + job.rng.randint(1, 3), NAMING)
+
+
+def _with_repeats(job: Job, scene: Scene) -> Scene:
+    """The scene with up to four of its names, each any number of times, where that is allowed."""
+    for _ in range(20):
+        names = job.rng.sample(scene.names(), min(len(scene.objects), job.rng.randint(2, 4)))
+        objects = [Placed(o.cell, job.rng.choice(names)) for o in scene.objects]
+        if job.allowed(repeated := Scene(scene.background, objects)):
+            return repeated
+    return scene
 
 
 def _asked(job: Job, scene: Scene, n_questions: int, kinds: Iterable[str] = tuple(KINDS)) -> Sample:
-    """A picture with its questions as turns; the first stands before or after the picture."""
+    """A picture with its questions as turns; the first stands before or after the picture.
+
+    No two ask the same.
+    """
     world = job.preset
     held_out = job.split == "unseen_phrasings"
     turns: list[str | Iterable[str | Segment]] = []
-    for _ in range(n_questions):
+    known: set[tuple[str, str]] = set()
+    while len(turns) < 2 * n_questions:
         question = ask(scene, world.grid, world.emoji, world.backgrounds, job.rng, held_out, kinds)
+        if (question.kind, question.subject) in known:
+            continue
+        known.add((question.kind, question.subject))
         text = job.typed(question.text)
         asked = text if turns else _either_order(job, job.shown(scene), text)
         turns += [asked, question.answer]
@@ -302,8 +338,7 @@ def _dialog(job: Job) -> Sample:
 
     Its demand or its answer is that of the last turn.
     """
-    world, scene = job.preset, job.scene()
-    said = _caption(job, scene)
+    world, (said, scene) = job.preset, _captioned(job)
     turns: list[str | Segment] = [job.typed(request(said, job.rng)), job.drawn(scene)]
     scenes = [scene]
     for _ in range(job.rng.choice((2, 3))):

@@ -73,6 +73,10 @@ def plot_metrics(log: Path, png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if title in ("loss (nats a token)", "scores") and keys:
             axes.legend(frameon=False, fontsize=8)
+        if title == "learning rate":
+            axes.set_ylim(bottom=0)  # a constant one is a line, not a range of roundings
+        if not keys:
+            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color="gray")
     for axes in grid[1]:
         axes.set_xlabel("step")
     figure.savefig(png, dpi=130)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +122,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(
 ) -> None:
     def pictures(step: int, batch_size: int) -> Tensor:
         if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return squares(step, batch_size)
 
     with pytest.raises(Stopped, match="by SIGINT after step 7"):

@@ -239,14 +239,18 @@ def test_a_signal_finishes_the_step_saves_and_stops(
 
 def test_a_second_signal_stops_at_once(run: Path) -> None:
     def send_twice(model: Transformer, step: int) -> dict[str, float]:
-        # Not os.kill: another thread may take that one, and two that wait together count as one.
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still here")
 
     config = dataclasses.replace(CONFIG, eval_every=1)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, config, hooks={"send": send_twice})
+    # A shell starts what it puts in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(run, config, hooks={"send": send_twice})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_works_outside_the_main_thread(run: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "openchameleon"
 ROOT = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
-GROUND = {"config", "document", "errors", "image_io", "preview", "progress", "vocab"}
+GROUND = {"config", "document", "errors", "files", "image_io", "preview", "progress", "vocab"}
 TOKENIZER = GROUND | {"vqgan", "tokenizer"}
 DATA = TOKENIZER | {"model", "data"}
 PIPELINE = DATA | {"inference", "model_folder", "pipeline"}

@@ -9,7 +9,6 @@ manifest.json  counts, the vocabulary's hash, and the sha256 of each file
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from openchameleon.config import config_hash
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of
 from openchameleon.vocab import Vocab
 
 FORMAT = 1
@@ -117,7 +117,7 @@ def write_rows(
         "vocab_size": vocab.size,
         "pad_id": vocab.pad_id,
         "vocab": config_hash(vocab.to_dict()),
-        "sha256": {name: _sha256(folder / f"{name}.npy") for name in ARRAYS},
+        "sha256": {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS},
     }
 
 
@@ -165,7 +165,7 @@ class Rows:
                 raise UserError(f"{file} cannot be read: {error}. Prepare it again.") from error
             if array.shape != shape:
                 raise UserError(f"{file} has shape {array.shape}, its manifest says {shape}.")
-            if verify and _sha256(file) != hashes[name]:
+            if verify and sha256_of(file) != hashes[name]:
                 raise UserError(f"{file} differs from what was written. Prepare it again.")
             arrays[name] = array
         return Rows(**arrays, manifest=manifest)
@@ -203,8 +203,3 @@ class _NpyWriter:
             self._write_header()
             # numpy pads the header so that the first axis can grow in place
             assert file.tell() == self._header_len, f"{file.tell()} != {self._header_len}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

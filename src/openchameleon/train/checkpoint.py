@@ -12,7 +12,6 @@ A save happens under a temporary name, is synced and then renamed, so that a dir
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of, sync_file, sync_folder
 from openchameleon.train.optim import Optimizer
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def save_checkpoint(
             free = shutil.disk_usage(folder).free
             raise NoSpaceError(_no_space(folder, needed, free)) from error
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     if fault := _fault(final):
         raise OSError(f"{final} does not read back as written: {fault}")
     older = [path for number, path in _steps(folder) if number < step]
@@ -153,12 +153,12 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: dict[st
     (folder / TENSORS).chmod((folder / META).stat().st_mode)
     files = {}
     for name in (TENSORS, META):
-        _sync_file(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        sync_file(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
     manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync_file(folder / MANIFEST)
-    _sync_folder(folder)
+    sync_file(folder / MANIFEST)
+    sync_folder(folder)
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
-        if _sha256(file) != sha256:
+        if sha256_of(file) != sha256:
             return f"{name} differs from what was written (sha256)"
     return None
 
@@ -229,21 +229,3 @@ def _no_space(folder: Path, needed: int, free: int) -> str:
         f"No space to save a checkpoint in {folder}: needed {needed / 1e6:.1f} MB, "
         f"had {free / 1e6:.1f} MB; the checkpoints before it are intact."
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

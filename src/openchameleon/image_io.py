@@ -67,12 +67,15 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture
 
 
-def square(picture: PIL.Image.Image, side: int, fit: Fit = "crop") -> PIL.Image.Image:
+def square(
+    picture: PIL.Image.Image, side: int, fit: Fit = "crop", floor: bool = False
+) -> PIL.Image.Image:
     """An RGB picture as a square of `side` pixels (Lanczos).
 
     "crop": the shorter side becomes `side`, the middle of the longer one is kept, as the published
     inference does. "pad": the longer side becomes `side`, on a white square: the paper's rule for
     the pictures of fine-tuning prompts (section 3.2).
+    floor: a longer side that is cropped is rounded down, as the model hub does, not to the nearest.
     """
     if fit == "pad":
         scale = side / max(picture.size)
@@ -84,8 +87,10 @@ def square(picture: PIL.Image.Image, side: int, fit: Fit = "crop") -> PIL.Image.
     # A strip of one pixel would be enlarged to a side times its length: cut it down first.
     longest = min(picture.size) * _MAX_ASPECT
     picture = _centre_crop(picture, min(picture.width, longest), min(picture.height, longest))
-    scale = side / min(picture.size)
+    shorter, scale = min(picture.size), side / min(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
+    if floor:
+        size = (picture.width * side // shorter, picture.height * side // shorter)
     return _centre_crop(picture.resize(size, PIL.Image.Resampling.LANCZOS), side, side)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,38 @@ _BATCH = 16  # pictures through the model at once: bounds memory, enough to fill
 
 
 class ImageTokenizer:
-    """P x P pictures as N codes of a codebook; see `VQConfig` for the sizes."""
+    """P x P pictures as N codes of a codebook; see `VQConfig` for the sizes.
 
-    def __init__(self, model: VQModel, config: VQConfig) -> None:
+    as_hub: pictures become pixels as the model hub does it (the longer side rounded down, and
+    x * 0.0078 - 1, so that white is 0.989), to get its codes; else as the published tokenizer.
+    """
+
+    def __init__(self, model: VQModel, config: VQConfig, as_hub: bool = False) -> None:
         self.model = model.eval()
         self.config = config
+        self.as_hub = as_hub
+
+    @staticmethod
+    def from_weights(weights: Mapping[str, Tensor], config: VQConfig) -> ImageTokenizer:
+        """Weights of any float type run as float32; without a decoder it reads pictures only.
+
+        ValueError where they are not those of the config.
+        """
+        model = VQModel(config)
+        if not any(name.startswith("decoder.") for name in weights):
+            del model.decoder
+        try:
+            model.load_state_dict(
+                {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+            )
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        return ImageTokenizer(model, config)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether it can turn codes into pictures."""
+        return hasattr(self.model, "decoder")
 
     @property
     def n_codes(self) -> int:
@@ -53,9 +81,10 @@ class ImageTokenizer:
 
     def preprocess(self, picture: PIL.Image.Image, fit: Fit = "crop") -> Tensor:
         """A picture of any size -> float32 pixels (3, P, P) in [-1, 1]; for `fit` see `square`."""
-        fitted = square(to_rgb(picture), self.resolution, fit)
+        fitted = square(to_rgb(picture), self.resolution, fit, floor=self.as_hub)
         pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
-        return (pixels / 255 * 2 - 1).permute(2, 0, 1).contiguous()
+        scaled = pixels * 0.0078 - 1 if self.as_hub else pixels / 255 * 2 - 1
+        return scaled.permute(2, 0, 1).contiguous()
 
     @torch.no_grad()
     def encode(self, pictures: list[PIL.Image.Image], fit: Fit = "crop") -> Tensor:
@@ -69,7 +98,15 @@ class ImageTokenizer:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[PIL.Image.Image]:
-        """Codes (B, N) -> B pictures of P x P. ValueError unless they are such codes."""
+        """Codes (B, N) -> B pictures of P x P. ValueError unless they are such codes.
+
+        UserError without a decoder.
+        """
+        if not self.can_decode:
+            raise UserError(
+                "This image tokenizer has no decoder, as in Hugging Face's folders: it reads"
+                " pictures and cannot write any."
+            )
         if codes.ndim != 2 or codes.shape[1] != self.n_codes:
             raise ValueError(f"codes have shape {tuple(codes.shape)}, expected (B, {self.n_codes})")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
@@ -105,16 +142,12 @@ class ImageTokenizer:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder} holds no readable image tokenizer: {error}") from error
         config = config_io.from_dict(VQConfig, data)
-        model = VQModel(config)
         try:
-            model.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-            )
-        except RuntimeError as error:
+            return ImageTokenizer.from_weights(weights, config).to(device)
+        except ValueError as error:
             raise UserError(
                 f"The weights in {folder} do not belong to its config.json: {error}"
             ) from error
-        return ImageTokenizer(model, config).to(device)
 
 
 def _picture(pixels: Tensor) -> PIL.Image.Image:

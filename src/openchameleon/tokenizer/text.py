@@ -140,6 +140,16 @@ class HFTokenizer(TextTokenizer):
         """Reads a `tokenizer.json`. UserError if it is missing, not byte-level, or lossy."""
         return HFTokenizer(_read(Path(path)), str(path))
 
+    @staticmethod
+    def names_in(path: str | Path) -> dict[str, int]:
+        """Every name in a `tokenizer.json` with its id, control ids and codes included."""
+        try:
+            data = json.loads(_read(Path(path)))
+            added = {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()}
+            return dict(data["model"]["vocab"]) | added
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a readable tokenizer.json: {error}") from error
+
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -218,7 +228,7 @@ def train_text_tokenizer(
 
 
 # Names of the released vocabulary (and of most others): no text piece looks like them.
-_CONTROL_NAME = re.compile(r"<[^<>]+>|IMGIMG[A-J]+Z")
+_CONTROL_NAME = re.compile(r"<[^<>]*\w[^<>]*>|IMGIMG[A-J]+Z")
 
 # What the trainer must not see: its own reserved characters; spellings of its control and byte
 # pieces, which it would otherwise try to learn a second time; halves of surrogate pairs.

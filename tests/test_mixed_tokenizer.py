@@ -275,6 +275,7 @@ def test_decoding_pixels_undoes_preprocessing_exactly():
         def __init__(self, pixels):
             super().__init__()
             self.pixels = torch.nn.Parameter(pixels)
+            self.decoder = torch.nn.Identity()
 
         def decode(self, codes):
             return self.pixels[None]

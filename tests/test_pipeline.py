@@ -219,7 +219,7 @@ def test_values_out_of_range_are_refused_in_a_sentence(tiny: Chameleon) -> None:
 def test_an_unknown_model_names_what_was_sought(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'missing'.*no such folder"):
         Chameleon.from_pretrained("missing")
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"neither config\.json .* nor params\.json"):
         Chameleon.from_pretrained(tmp_path)
 
 

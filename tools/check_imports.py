@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 GROUND = {"config", "document", "errors", "files", "image_io", "preview", "progress", "vocab"}
 TOKENIZER = GROUND | {"vqgan", "tokenizer"}
 DATA = TOKENIZER | {"model", "data"}
-PIPELINE = DATA | {"inference", "model_folder", "pipeline"}
+CHECKPOINTS = TOKENIZER | {"model", "inference", "model_folder", "checkpoints"}
+PIPELINE = DATA | CHECKPOINTS | {"pipeline"}
 EVALUATION = PIPELINE | {"world", "evaluation"}
 RECIPES = EVALUATION | {"train", "recipes"}
 
@@ -30,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": DATA | {"world"},
     "inference": GROUND | {"model", "inference"},
     "train": DATA | {"train"},
+    "checkpoints": CHECKPOINTS,
     "model_folder": GROUND | {"model", "inference"},
     "pipeline": PIPELINE,
     "evaluation": EVALUATION,

@@ -10,6 +10,12 @@ class UserError(Exception):
     """A mistake the user can mend. The command line prints its text alone and exits with 2."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read: the sentence names the file and, where there is one, the
+    tensor. The command line exits with 3.
+    """
+
+
 class Stopped(Exception):
     """A signal ended a long work at a point from which the same command goes on; its text says so.
 

@@ -1,7 +1,7 @@
 """A model folder: what is in it, where it is found, and how its files are read and written.
 
 config.json           FolderConfig: name, what it may write, vocabulary, shape, sampling
-model.safetensors     the transformer
+model.safetensors     the transformer; a large one as shards with an index
 tokenizer.model       the text tokenizer (config.json has its name)
 image_tokenizer/      config.json and model.safetensors; absent for a model of text alone
 """
@@ -27,6 +27,7 @@ from openchameleon.vocab import Vocab
 
 FORMAT = 1
 CONFIG, WEIGHTS, IMAGE_TOKENIZER = "config.json", "model.safetensors", "image_tokenizer"
+META_CONFIG = "params.json"
 LARGE = 100_000_000  # parameters
 
 
@@ -48,6 +49,14 @@ class FolderConfig:
     picture_first: bool = False
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if Path(self.text_tokenizer).name != self.text_tokenizer:
+            raise ValueError(f"text_tokenizer = {self.text_tokenizer!r} is no plain file name.")
+        if self.vocab.size != self.model.vocab_size:
+            raise ValueError(
+                f"The vocabulary has {self.vocab.size} ids, the model {self.model.vocab_size}."
+            )
+
 
 def embedded_models() -> dict[str, Path]:
     """Name -> folder of the models that are shipped with the package."""
@@ -61,10 +70,14 @@ def find_model(name_or_folder: str) -> Path:
     if name_or_folder in embedded:
         return embedded[name_or_folder]
     folder = Path(name_or_folder)
-    if (folder / CONFIG).is_file():
+    if any((folder / name).is_file() for name in (CONFIG, META_CONFIG)):
         return folder
     names = ", ".join(embedded) or "none"
-    what = f"the folder has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+    what = (
+        f"the folder has neither {CONFIG} (ours and Hugging Face's) nor {META_CONFIG} (Meta's)"
+        if folder.is_dir()
+        else "there is no such folder"
+    )
     raise UserError(
         f"No model {name_or_folder!r}: it is not an embedded model ({names}) and"
         f" {what}.{nearest(name_or_folder, embedded)}"
@@ -86,10 +99,12 @@ def read_model(
     folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype | None
 ) -> Transformer:
     """The transformer with its weights. UserError if they are damaged or of another shape."""
-    try:
-        weights = load_file(folder / WEIGHTS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= load_file(path, device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
     # First values are replaced at once, so a large model does without. Not a small one: meta
     # tensors import half of torch's compiler, which takes seconds.
     with torch.device("meta" if n_params(config) > LARGE else "cpu"):
@@ -101,6 +116,18 @@ def read_model(
             f"The weights in {folder} do not belong to its {CONFIG}: {error}"
         ) from error
     return model.requires_grad_(False)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The file of the transformer, or its shards. UserError for an index that is none."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of shards: {error}") from error
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:

@@ -17,6 +17,12 @@ from typing import TypedDict, Unpack
 import torch
 from safetensors.torch import load_file
 
+from openchameleon.checkpoints.convert import (
+    layout_of,
+    load_image_tokenizer,
+    load_transformer,
+    open_checkpoint,
+)
 from openchameleon.config import to_dict
 from openchameleon.document import Conversation, Document, Text
 from openchameleon.errors import UserError
@@ -81,16 +87,20 @@ class Chameleon:
         name_or_folder: str | Path,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        allow_pickle: bool = False,
     ) -> Chameleon:
-        """Loads an embedded model by its name, or a model folder.
+        """Loads an embedded model by its name, or a folder: ours, Hugging Face's or Meta's.
 
         device: by default the GPU where there is one. dtype: of the transformer, such as
         "bfloat16"; by default float32 on a CPU and what the file holds elsewhere.
+        allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
         UserError says what was looked for, or which file is missing or damaged.
         """
         folder = find_model(str(name_or_folder))
-        config = read_config(folder)
         place = _device(device)
+        if layout_of(folder) != "native":
+            return _foreign(folder, place, _dtype(dtype, place), allow_pickle)
+        config = read_config(folder)
         text = load_text_tokenizer(folder / config.text_tokenizer)
         image = None
         with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
@@ -236,6 +246,22 @@ class Chameleon:
             self.tokenizer.image.save(folder / IMAGE_TOKENIZER)
             weights = load_file(folder / IMAGE_TOKENIZER / WEIGHTS)
             save_weights(weights, folder / IMAGE_TOKENIZER / WEIGHTS, dtype)
+
+
+def _foreign(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, allow_pickle: bool
+) -> Chameleon:
+    """A model in another layout than ours."""
+    checkpoint = open_checkpoint(folder, allow_pickle)
+    with torch.random.fork_rng(devices=[]):
+        image = load_image_tokenizer(checkpoint)
+    model = load_transformer(checkpoint, device, dtype)
+    text = load_text_tokenizer(checkpoint.text)
+    config = checkpoint.config
+    tokenizer = MixedTokenizer(
+        config.vocab, text, image.to(device) if image else None, config.picture_first
+    )
+    return Chameleon(config, model, tokenizer)
 
 
 def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:

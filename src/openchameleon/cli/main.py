@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from openchameleon import __version__
-from openchameleon.errors import Stopped, UserError, nearest
+from openchameleon.errors import CheckpointError, Stopped, UserError, nearest
 
 COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
@@ -21,6 +21,7 @@ COMMANDS = {
     "tokenizer": "train and judge the text and image tokenizers",
     "train": "run a training recipe",
     "evaluate": "score a model",
+    "convert": "checkpoints: Meta's, Hugging Face's and ours, each to each",
     "demo": "a conversation in text and pictures, written as a page",
 }
 """Command -> what it does; a module beside this one with `add_arguments` and `run`, or ACTIONS."""
@@ -88,7 +89,7 @@ def _choose(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: a mistake of the user; 130: stopped by a signal."""
+    """Runs one command. 0: done; 2: a user's mistake; 3: a broken checkpoint; 130: stopped."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         options = parse(arguments)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--traceback" in arguments:
             raise
         print(f"openchameleon: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, CheckpointError) else 2
     except Stopped as stopped:
         print(f"openchameleon: {stopped}", file=sys.stderr)
         return 130

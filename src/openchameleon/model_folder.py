@@ -98,13 +98,11 @@ def read_config(folder: Path) -> FolderConfig:
 def read_model(
     folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype | None
 ) -> Transformer:
-    """The transformer with its weights. UserError if they are damaged or of another shape."""
-    weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            weights |= load_file(path, device=str(device))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+    """The transformer of a folder that is not in shards. UserError for weights that do not fit."""
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     # First values are replaced at once, so a large model does without. Not a small one: meta
     # tensors import half of torch's compiler, which takes seconds.
     with torch.device("meta" if n_params(config) > LARGE else "cpu"):
@@ -116,18 +114,6 @@ def read_model(
             f"The weights in {folder} do not belong to its {CONFIG}: {error}"
         ) from error
     return model.requires_grad_(False)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The file of the transformer, or its shards. UserError for an index that is none."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        return [folder / WEIGHTS]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / Path(name).name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of shards: {error}") from error
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:

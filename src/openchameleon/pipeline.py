@@ -98,8 +98,8 @@ class Chameleon:
         """
         folder = find_model(str(name_or_folder))
         place = _device(device)
-        if layout_of(folder) != "native":
-            return _foreign(folder, place, _dtype(dtype, place), allow_pickle)
+        if layout_of(folder) != "native" or (folder / f"{WEIGHTS}.index.json").is_file():
+            return _from_checkpoint(folder, place, _dtype(dtype, place), allow_pickle)
         config = read_config(folder)
         text = load_text_tokenizer(folder / config.text_tokenizer)
         image = None
@@ -248,10 +248,10 @@ class Chameleon:
             save_weights(weights, folder / IMAGE_TOKENIZER / WEIGHTS, dtype)
 
 
-def _foreign(
+def _from_checkpoint(
     folder: Path, device: torch.device, dtype: torch.dtype | None, allow_pickle: bool
 ) -> Chameleon:
-    """A model in another layout than ours."""
+    """A model in another layout than ours, or in shards."""
     checkpoint = open_checkpoint(folder, allow_pickle)
     with torch.random.fork_rng(devices=[]):
         image = load_image_tokenizer(checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openchameleon.checkpoints.tensors import Weights
-from openchameleon.config import from_dict, to_dict
+from openchameleon.config import from_dict
 from openchameleon.errors import CheckpointError, UserError
 from openchameleon.inference.params import ModalityParams, SamplingParams
 from openchameleon.model.config import ModelConfig
@@ -117,11 +117,6 @@ def checked_vq(found: Weights, config: VQConfig, where: Path) -> Weights:
     if not any(name.startswith("decoder.") for name in found):
         expected = {name: s for name, s in expected.items() if not name.startswith("decoder.")}
     return checked(found, expected, where)
-
-
-def mark_of(config: FolderConfig) -> dict[str, Any]:
-    """What a foreign config keeps of ours under `MARK`."""
-    return to_dict(config)
 
 
 def released_config(name: str, vocab: Vocab, shape: ModelConfig, text: str) -> FolderConfig:

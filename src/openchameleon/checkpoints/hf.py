@@ -24,7 +24,6 @@ from openchameleon.checkpoints.checkpoint import (
     checked,
     checked_vq,
     config_of_mark,
-    mark_of,
     names_of_codes,
     released_config,
     shapes_of,
@@ -39,6 +38,7 @@ from openchameleon.checkpoints.tensors import (
     write_safetensors,
 )
 from openchameleon.checkpoints.tokenizer_json import as_hub, names_for_hub
+from openchameleon.config import to_dict
 from openchameleon.errors import CheckpointError
 from openchameleon.model.config import ModelConfig
 from openchameleon.model_folder import CONFIG, IMAGE_TOKENIZER
@@ -335,7 +335,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
             "in_channels": 3,
             "attn_type": "vanilla" if vq.mid_attention else None,
         },
-        MARK: mark_of(config),
+        MARK: to_dict(config),
     }
 
 

@@ -28,7 +28,6 @@ from openchameleon.checkpoints.checkpoint import (
     checked,
     checked_vq,
     config_of_mark,
-    mark_of,
     released_config,
     shapes_of,
     vocab_from_names,
@@ -43,6 +42,7 @@ from openchameleon.checkpoints.tensors import (
     write_pickle,
 )
 from openchameleon.checkpoints.tokenizer_json import as_released
+from openchameleon.config import to_dict
 from openchameleon.errors import CheckpointError
 from openchameleon.model.config import ModelConfig, ffn_dim_for
 from openchameleon.model_folder import META_CONFIG, FolderConfig
@@ -239,7 +239,7 @@ def write(checkpoint: Checkpoint, folder: Path, tick: Callable[[int], None]) -> 
             **_ffn_params(shape),
         },
         "model_parallel_size": n,
-        MARK: mark_of(config),
+        MARK: to_dict(config),
     }  # fmt: skip
     _write_json(folder / PARAMS, params)
     _write_json(folder / SHARDS_OF, {"model_parallel_size": n})

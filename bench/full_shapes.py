@@ -34,7 +34,7 @@ def layer(preset: str, n_tokens: int, out: Path | None) -> None:
     config = PRESETS[preset]
     block = Block(config, 0)
     x = torch.randn(1, n_tokens, config.dim, requires_grad=True)
-    rope = rope_tables(torch.arange(n_tokens)[None], config.head_dim, config.rope_theta)
+    rope = rope_tables(torch.arange(n_tokens)[None], config)
     cost = once(lambda: block(x, rope, None, None).square().mean().backward())
     for name, parameter in [*block.named_parameters(), ("x", x)]:
         assert parameter.grad is not None, f"{name} has no gradient"

@@ -169,7 +169,7 @@ def test_each_row_has_its_own_positions() -> None:
 def test_rope_rotates_adjacent_pairs_by_position_times_frequency() -> None:
     x = torch.randn(1, 3, 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = torch.tensor([[0, 4, 1000]])
-    rotated = apply_rope(x, *rope_tables(positions, 6, 1e4))
+    rotated = apply_rope(x, *rope_tables(positions, dataclasses.replace(BASE, dim=24)))
     frequency = torch.tensor([1.0, 1e4 ** (-1 / 3), 1e4 ** (-2 / 3)], dtype=torch.float64)
     angle = positions[0, :, None] * frequency
     turned = torch.view_as_complex(x.unflatten(-1, (3, 2))) * torch.polar(
@@ -209,7 +209,7 @@ def test_output_placement_adds_branches_of_the_norms_size() -> None:
     model = Transformer(dataclasses.replace(BASE, norm_placement="output"))
     model.init_weights(seed=0)
     x = 7 * torch.randn(1, 5, BASE.dim, generator=torch.Generator().manual_seed(0))
-    rope = rope_tables(torch.arange(5)[None], BASE.head_dim, BASE.rope_theta)
+    rope = rope_tables(torch.arange(5)[None], BASE)
     block = model.layers[0]
     block.attention_norm.weight.data.fill_(2.0)
     block.ffn_norm.weight.data.zero_()

@@ -29,7 +29,14 @@ from openchameleon.checkpoints.checkpoint import (
     shapes_of,
     vocab_from_names,
 )
-from openchameleon.checkpoints.fields import nested, read_json, require, rope_theta
+from openchameleon.checkpoints.fields import (
+    hub_shape,
+    nested,
+    read_json,
+    require,
+    rope_keys,
+    whole_number,
+)
 from openchameleon.checkpoints.rotary import halves_from_pairs, pairs_from_halves
 from openchameleon.checkpoints.tensors import (
     Entry,
@@ -134,27 +141,15 @@ def _their_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _shape(data: Mapping[str, Any], where: Path) -> ModelConfig:
     """The shape, with as many groups of norms as the config says."""
-    require(data, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}, where)
-    try:
-        heads = int(data["num_attention_heads"])
-        return ModelConfig(
-            dim=int(data["hidden_size"]),
-            n_layers=int(data["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=int(data.get("num_key_value_heads") or heads),
-            vocab_size=int(data.get("vocab_size", 65536)),
-            max_seq_len=int(data.get("max_position_embeddings", 4096)),
-            ffn_dim=int(data["intermediate_size"]),
-            rope_theta=rope_theta(data, where),
-            norm_eps=float(data.get("rms_norm_eps", 1e-5)),
-            norm_placement="output" if data.get("swin_norm") else "input",
-            tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-            qk_norm_groups=int(data.get("model_parallel_size") or 1),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{where} has no key {error}.") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    return hub_shape(
+        data,
+        where,
+        max_seq_len=4096,
+        norm_eps=1e-5,
+        vocab_size=whole_number(data, "vocab_size", 65536, where),
+        norm_placement="output" if data.get("swin_norm") else "input",
+        qk_norm_groups=whole_number(data, "model_parallel_size", 1, where) or 1,
+    )
 
 
 def _groups(found: Weights, shape: ModelConfig) -> int:
@@ -307,8 +302,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_seq_len,
         "rms_norm_eps": shape.norm_eps,
-        "rope_parameters": {"rope_theta": shape.rope_theta, "rope_type": "default"},
-        "rope_theta": shape.rope_theta,  # where versions before 5 look
+        **rope_keys(shape),
         "swin_norm": shape.norm_placement == "output",
         "model_parallel_size": shape.qk_norm_groups,
         "tie_word_embeddings": shape.tie_embeddings,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.checkpoints.checkpoint import Checkpoint, shapes_of
-from openchameleon.checkpoints.fields import read_json, require, rope_theta
+from openchameleon.checkpoints.fields import hub_shape, read_json
 from openchameleon.checkpoints.hf import by_our_names
 from openchameleon.checkpoints.native import read_image_tokenizer
 from openchameleon.checkpoints.rotary import pairs_from_halves
@@ -47,12 +47,15 @@ def read(folder: Path, image_tokenizer: Path, qk_norm: bool, seed: int = 0) -> C
     theirs = read_safetensors(folder)
     text = folder / "tokenizer.json"
     if not text.is_file():
-        raise CheckpointError(f"{text} is missing; only byte-level tokenizers can be carried over.")
+        raise CheckpointError(f"{text} is missing; a tokenizer.model alone cannot be carried over.")
     embeddings = theirs.get("model.embed_tokens.weight")
     if embeddings is None or not embeddings.shape:
         raise CheckpointError(f"{folder} has no table model.embed_tokens.weight.")
     vocab = _grown(data, HFTokenizer.from_file(text), embeddings.shape[0], vq, folder / CONFIG)
-    shape = _shape(data, vocab.size, qk_norm, folder / CONFIG)
+    shape = hub_shape(
+        data, folder / CONFIG, max_seq_len=2048, norm_eps=1e-6,
+        vocab_size=vocab.size, qk_norm=qk_norm,
+    )  # fmt: skip
     source = replace(shape, vocab_size=embeddings.shape[0], qk_norm=False)
     weights = _ours(by_our_names(theirs, source, folder), shape, seed)
     config = FolderConfig(folder.name, vocab, shape, text_tokenizer=text.name)
@@ -83,31 +86,6 @@ def _grown(data: dict[str, Any], text: HFTokenizer, n_old: int, vq: VQConfig, wh
         )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}.") from error
-
-
-def _shape(data: dict[str, Any], vocab_size: int, qk_norm: bool, where: Path) -> ModelConfig:
-    require(data, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}, where)
-    try:
-        heads = int(data["num_attention_heads"])
-        shape = ModelConfig(
-            dim=int(data["hidden_size"]),
-            n_layers=int(data["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=int(data.get("num_key_value_heads") or heads),
-            vocab_size=vocab_size,
-            max_seq_len=int(data.get("max_position_embeddings", 2048)),
-            ffn_dim=int(data["intermediate_size"]),
-            rope_theta=rope_theta(data, where),
-            norm_eps=float(data.get("rms_norm_eps", 1e-6)),
-            qk_norm=qk_norm,
-            tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{where} has no key {error}.") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    require(data, {"head_dim": shape.head_dim}, where)
-    return shape
 
 
 def _ours(found: Weights, shape: ModelConfig, seed: int) -> Weights:

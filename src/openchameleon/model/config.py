@@ -9,12 +9,40 @@ NormPlacement = Literal["input", "output"]
 
 
 @dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Rotary frequencies for a longer context than the first one, as Llama 3.1 has them.
+
+    A pair that turns less than `low_freq_factor` times in `original_max_seq_len` positions turns
+    `factor` times more slowly; one that turns more than `high_freq_factor` times stays as it is;
+    between them the two are blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original_max_seq_len < 1:
+            raise ValueError(
+                f"factor = {self.factor} and original_max_seq_len = {self.original_max_seq_len}"
+                " must be above 0."
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor = {self.low_freq_factor} must lie between 0 and"
+                f" high_freq_factor = {self.high_freq_factor}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape of one `Transformer`. Raises ValueError where the numbers do not fit together.
 
     dim: width of the residual stream. ffn_dim: width inside the SwiGLU, see `ffn_dim_for`.
     n_kv_heads: fewer than `n_heads` is grouped-query attention.
     max_seq_len: the context it is trained for; the model itself has no limit.
+    rope_scaling: None for plain rotary positions, which all published models have.
     qk_norm_groups: number of separate query and key norms, each shared by a run of heads.
     norm_placement: "input" normalises what enters a branch (the published 7B), "output" what
     leaves it (the 34B, which trains stably without dropout; section 2.3 of the paper).
@@ -32,6 +60,7 @@ class ModelConfig:
     max_seq_len: int
     ffn_dim: int
     rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = True
     qk_norm_groups: int = 1

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from openchameleon.model.config import ModelConfig, RopeScaling
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (B, T, 1, D/2), of integer `positions` (B, T).
 
     Computed from the positions given, so that each row of a batch may stand elsewhere.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = theta ** (-exponents / head_dim)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = config.rope_theta ** (-exponents / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = _scaled(frequencies, config.rope_scaling)
     angles = positions[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_tables(positions, self.config)
         x = self.tok_embeddings(token_ids)
         for layer in self.layers:
             x = layer(x, rope, mask, cache)

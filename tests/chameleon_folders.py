@@ -23,6 +23,13 @@ N_BYTES_AND_MERGES = 256 + len(MERGES)
 N_IDS = 4 + N_CODES + len(AFTER) + N_BYTES_AND_MERGES
 
 
+STRETCHED = {
+    "rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+"""Rotary positions as of Llama 3.1, for heads of 16: of the 8 pairs some stay, some are blended."""
+
+
 def byte_alphabet() -> list[str]:
     """The 256 characters of byte-level BPE."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -2,12 +2,13 @@
 
 import json
 import random
+from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex as HFRegex
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from openchameleon.errors import UserError
 from openchameleon.tokenizer.text import (
@@ -62,9 +63,31 @@ def released_json() -> str:
     return json.dumps(data)
 
 
+@cache
+def llama_json() -> str:
+    """A tokenizer.json as of the first Llamas: byte fallback, marks, a space before each text."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    names = ["<unk>", "<s>", "</s>", *(f"<reserved{i}>" for i in range(17))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=20 + 256 + 200,
+        special_tokens=[*names, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([word for line in corpus() for word in line.split()], trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = data["added_tokens"][:20]
+    return json.dumps(data)
+
+
 SENTENCEPIECE = train_text_tokenizer(corpus(), N_TEXT, N_CODES, CODES_PER_ITEM)
 RELEASED = HFTokenizer(released_json().encode())
-BOTH = pytest.mark.parametrize("tokenizer", [SENTENCEPIECE, RELEASED], ids=["own", "released"])
+LLAMA = HFTokenizer(llama_json().encode())
+EACH = pytest.mark.parametrize(
+    "tokenizer", [SENTENCEPIECE, RELEASED, LLAMA], ids=["own", "released", "llama"]
+)
 CONTROL_NAMES = ["<s>", "</s>", "<pad>", "<unk>", "<code:0>", "<code:23>", "<image>", "</image>",
                  "<eot>", "<0x41>", "<racm3:break>", "<eoss>", "<reserved08706>", "IMGIMGAZ",
                  "IMGIMGBBZ", "\u2581", "\u2581<s>", "\0", "\u200b", "\ufeff"]  # fmt: skip
@@ -81,21 +104,21 @@ def assert_harmless(tokenizer: TextTokenizer, text: str) -> None:
         assert all(i >= 20 for i in ids), "the names have ids 0..19"
 
 
-@BOTH
+@EACH
 @fuzz
 @given(text=st.text())
 def test_any_text_comes_back_and_gives_text_ids_only(tokenizer, text):
     assert_harmless(tokenizer, text)
 
 
-@BOTH
+@EACH
 @fuzz
 @given(text=spellings)
 def test_spelling_control_names_gives_text_ids_only(tokenizer, text):
     assert_harmless(tokenizer, text)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("name", CONTROL_NAMES)
 def test_each_control_name_is_ordinary_text(tokenizer, name):
     for text in (name, f"a {name} b", name * 3, f" {name}\r\n\t{name} "):
@@ -172,26 +195,26 @@ def test_no_text_to_train_on_is_said(texts):
         train_text_tokenizer(texts, N_TEXT, N_CODES, CODES_PER_ITEM)
 
 
-@BOTH
+@EACH
 def test_a_lone_surrogate_is_refused_in_a_sentence(tokenizer):
     with pytest.raises(UserError, match=r"half of a surrogate pair .* character 2"):
         tokenizer.encode("ab\ud83dc")
 
 
-@BOTH
+@EACH
 def test_bytes_that_are_no_utf8_decode_to_the_replacement_character(tokenizer):
     first_byte = tokenizer.encode("\u0416")[0]
     assert tokenizer.decode([first_byte, *tokenizer.encode("a")]) == "\ufffda"
 
 
-@BOTH
+@EACH
 def test_control_ids_and_ids_out_of_range_do_not_decode(tokenizer):
     for bad in (0, 2, 4, -1, tokenizer.n_ids):
         with pytest.raises(ValueError, match="not a text id"):
             tokenizer.decode([bad])
 
 
-@BOTH
+@EACH
 def test_a_saved_tokenizer_loads_as_itself(tokenizer, tmp_path):
     path = tmp_path / ("t.model" if tokenizer is SENTENCEPIECE else "t.json")
     tokenizer.save(path)
@@ -218,7 +241,34 @@ def test_a_lossy_tokenizer_is_refused():
     data["normalizer"] = None
     del data["model"]["vocab"]["\u0120"]  # a space
     data["model"]["merges"] = [m for m in data["model"]["merges"] if "\u0120" not in "".join(m)]
-    with pytest.raises(UserError, match="not a byte-level BPE"):
+    with pytest.raises(UserError, match="neither a byte-level BPE nor"):
+        HFTokenizer(json.dumps(data).encode())
+
+
+@fuzz
+@given(text=st.text() | st.lists(st.sampled_from([*WORDS, " ", "\n"])).map("".join))
+def test_the_ids_of_a_first_llama_are_ours_of_the_text_with_its_space(text):
+    theirs = Tokenizer.from_str(llama_json())
+    assume(text and "\u2581" not in text and "<" not in text)
+    assert LLAMA.encode(" " + text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_newer_files_of_first_llamas_give_the_same_ids(split):
+    data = json.loads(llama_json())
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581",
+                             "prepend_scheme": "first", "split": split}  # fmt: skip
+    newer = HFTokenizer(json.dumps(data).encode())
+    text = " the cat  is\n top "
+    theirs = Tokenizer.from_str(json.dumps(data))
+    assert newer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_byte_fallback_that_changes_texts_is_refused():
+    data = json.loads(llama_json())
+    data["normalizer"] = {"type": "NFKC"}
+    with pytest.raises(UserError, match=r"not known here \(.*NFKC"):
         HFTokenizer(json.dumps(data).encode())
 
 

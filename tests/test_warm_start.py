@@ -54,9 +54,28 @@ def text_tokenizer() -> dict[str, Any]:
     return data
 
 
-def llama_folder(folder: Path, **sizes: Any) -> Any:
+def first_llamas_tokenizer() -> dict[str, Any]:
+    """One with byte fallback, and marks for spaces."""
+    data = made.tokenizer_json()
+    names = ["<unk>", "<|begin|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [*names, *"\u2581helowrd", "he", "ll", "hell", "hello", "\u2581w"]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = ["h e", "l l", "he ll", "hell o", "\u2581 w"]
+    data["model"] |= {"vocab": ids, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
+    data["added_tokens"] = [
+        {**data["added_tokens"][0], "id": ids[name], "content": name} for name in names[:3]
+    ]
+    data["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]}  # fmt: skip
+    data["pre_tokenizer"] = None
+    return data
+
+
+def llama_folder(folder: Path, tokenizer: dict[str, Any] | None = None, **sizes: Any) -> Any:
     """A folder as `transformers` saves a Llama; returns the model."""
-    tokenizer = text_tokenizer()
+    tokenizer = tokenizer or text_tokenizer()
     n = len(tokenizer["model"]["vocab"])
     config = transformers.LlamaConfig(
         **{
@@ -79,11 +98,15 @@ def llama_folder(folder: Path, **sizes: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"tie_word_embeddings": True}, {"rope_parameters": made.STRETCHED}],
+    ids=["plain", "tied", "stretched"],
+)
 def test_without_qk_norm_the_logits_of_text_are_the_sources(
-    tied: bool, images: Path, tmp_path: Path
+    sizes: dict[str, Any], images: Path, tmp_path: Path
 ) -> None:
-    source = llama_folder(tmp_path / "llama", tie_word_embeddings=tied)
+    source = llama_folder(tmp_path / "llama", **sizes)
     convert(tmp_path / "llama", tmp_path / "start", "native", warm_start=WarmStart(images))
     checkpoint = open_checkpoint(tmp_path / "start")
     ours, n_old = load_transformer(checkpoint), source.config.vocab_size
@@ -101,6 +124,30 @@ def test_without_qk_norm_the_logits_of_text_are_the_sources(
     assert vocab.image.stop_id == vocab.size
     share = found.softmax(-1)[..., n_old:].sum(-1)
     assert share.max() < 3 * (vocab.size - n_old) / vocab.size, "no new id is likely"
+
+
+def test_a_llama_whose_tokenizer_has_byte_fallback_reads_and_writes_as_it_did(
+    images: Path, tmp_path: Path
+) -> None:
+    source = llama_folder(
+        tmp_path / "llama", first_llamas_tokenizer(), bos_token_id=1, eos_token_id=2
+    )
+    convert(tmp_path / "llama", tmp_path / "start", "native", warm_start=WarmStart(images))
+    chameleon = Chameleon.from_pretrained(tmp_path / "start", device="cpu")
+    text = " hello world \N{SLICE OF PIZZA}</s>"
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "llama/tokenizer.json")
+    )
+    ids = chameleon.tokenizer.encode(Document([Text(text)]))
+    assert theirs(text[1:], add_special_tokens=False).input_ids == [
+        i for i in ids if chameleon.config.vocab.is_text(i)
+    ]
+    assert chameleon.tokenizer.decode(ids).text == text
+    n_old = source.config.vocab_size
+    known = torch.tensor([ids])[:, 1:-1].clamp(max=n_old - 1)
+    with torch.no_grad():
+        expected = source(known).logits
+    torch.testing.assert_close(chameleon.model(known)[..., :n_old], expected, rtol=0, atol=2e-5)
 
 
 def test_qk_norm_begins_as_a_plain_norm(images: Path, tmp_path: Path) -> None:
@@ -193,7 +240,9 @@ def test_a_llama_whose_tensors_are_wrong_is_refused(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "no key 'factor'"),
+        ({"rope_parameters": {**made.STRETCHED, "factor": 0.0}}, "factor = 0.0"),
         ({"attention_bias": True}, "attention_bias"),
         ({"head_dim": 24}, "head_dim = 24"),
         ({"model_type": "mistral"}, "'mistral'"),

@@ -1,8 +1,9 @@
 """Text <-> ids, losslessly, in a way that no spelling becomes a control id or a picture's code.
 
-Two backends behind one interface: a sentencepiece BPE that we train, and the byte-level BPE of a
-`tokenizer.json`. Both decode by bytes: every text id stands for fixed bytes, so that decoding a
-sequence is joining the bytes of its ids, whole or as a stream. Knows nothing of pictures.
+Two backends behind one interface: a sentencepiece BPE that we train, and the BPE of a
+`tokenizer.json`, byte-level or with byte fallback. Both decode by bytes: every text id stands for
+fixed bytes, so that decoding a sequence is joining the bytes of its ids, whole or as a stream.
+Knows nothing of pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,19 @@ class SentencePieceTokenizer(TextTokenizer):
 
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
-        if _MARK not in text:
-            return self._processor.encode(text)
-        # Sentencepiece would read a real mark back as a space: it goes as its three bytes.
-        ids: list[int] = []
-        for i, part in enumerate(text.split(_MARK)):
-            ids += self._bytes_of_mark if i else []
-            ids += self._processor.encode(part)
-        return ids
+        return _around_marks(text, self._processor.encode, self._bytes_of_mark)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(self._model)
 
 
 class HFTokenizer(TextTokenizer):
-    """The byte-level BPE of a `tokenizer.json`, as released Chameleon models have."""
+    """The BPE of a `tokenizer.json`: byte-level, or with byte fallback and marks for spaces.
+
+    The one is what released Chameleon models have, and Llamas since 3; the other is what Llamas
+    before had. It puts a space before each text there, which ours does not: a text is given back
+    as it was. `encode(" " + text)` are the ids that such a Llama knows a text's beginning by.
+    """
 
     def __init__(self, source: bytes, name: str = "The tokenizer.json") -> None:
         from tokenizers import Tokenizer
@@ -118,26 +117,43 @@ class HFTokenizer(TextTokenizer):
             # encoder is built without them. Nor does it add, cut or pad: the caller does.
             for key in ("added_tokens", "post_processor", "truncation", "padding"):
                 data[key] = [] if key == "added_tokens" else None
+            self._has_marks = bool(data["model"].get("byte_fallback"))
+            if self._has_marks:
+                data |= _marks_without_prefix(data)
             self._tokenizer = Tokenizer.from_str(json.dumps(data))
+        except UserError as error:
+            raise UserError(f"{name} {error}") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{name} is not a readable tokenizer.json: {error}") from error
         self._source = source
-        table = _byte_of_character()
-        if not all(character in vocab for character in table):
-            raise UserError(f"{name} is not a byte-level BPE: it lacks some of the 256 bytes.")
-        self._id_of_byte = {byte: vocab[character] for character, byte in table.items()}
+        table = _byte_of_piece() if self._has_marks else _byte_of_character()
+        if not all(piece in vocab for piece in table):
+            raise UserError(
+                f"{name} is neither a byte-level BPE nor one with byte fallback: it lacks some of"
+                " the 256 bytes."
+            )
+        self._id_of_byte = {byte: vocab[piece] for piece, byte in table.items()}
         self._piece_bytes: dict[int, bytes] = {}
         spellings: list[bytes | None] = [None] * (max([*vocab.values(), *added]) + 1)
         for piece, i in vocab.items():
-            if all(character in table for character in piece):
-                self._piece_bytes[i] = bytes(table[character] for character in piece)
-                if i not in added and not _CONTROL_NAME.fullmatch(piece):
-                    spellings[i] = self._piece_bytes[i]
+            spelling = self._spelling(piece, table)
+            if spelling is not None:
+                self._piece_bytes[i] = spelling
+                is_byte = self._has_marks and piece in table
+                if i not in added and (is_byte or not _CONTROL_NAME.fullmatch(piece)):
+                    spellings[i] = spelling
         super().__init__(spellings, name)
+
+    def _spelling(self, piece: str, table: dict[str, int]) -> bytes | None:
+        if self._has_marks:
+            byte = table.get(piece)
+            return piece.replace(_MARK, " ").encode() if byte is None else bytes([byte])
+        known = all(character in table for character in piece)
+        return bytes(table[character] for character in piece) if known else None
 
     @staticmethod
     def from_file(path: str | Path) -> HFTokenizer:
-        """Reads a `tokenizer.json`. UserError if it is missing, not byte-level, or lossy."""
+        """Reads a `tokenizer.json`. UserError if it is missing, of another kind, or lossy."""
         return HFTokenizer(_read(Path(path)), str(path))
 
     @staticmethod
@@ -152,7 +168,8 @@ class HFTokenizer(TextTokenizer):
 
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        mark = [self._id_of_byte[byte] for byte in _MARK.encode()] if self._has_marks else None
+        ids = _around_marks(text, self._encode, mark)
         if all(self._spellings[i] is not None for i in ids):
             return ids
         # A control name can also be an ordinary piece of the BPE: spell it byte by byte.
@@ -163,6 +180,9 @@ class HFTokenizer(TextTokenizer):
             else:
                 spelled += [self._id_of_byte[byte] for byte in self._piece_bytes[i]]
         return spelled
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(self._source)
@@ -266,6 +286,37 @@ def _sentencepiece_spelling(processor: Any, i: int) -> bytes | None:
     if processor.is_byte(i):
         return bytes([int(piece[3:5], 16)])
     return piece.replace(_MARK, " ").encode()
+
+
+def _around_marks(
+    text: str, encode: Callable[[str], list[int]], mark: list[int] | None
+) -> list[int]:
+    """The ids of a text, in which a real mark, which would be read back as a space, is `mark`."""
+    if mark is None or _MARK not in text:
+        return encode(text)
+    ids: list[int] = []
+    for i, part in enumerate(text.split(_MARK)):
+        ids += (mark if i else []) + encode(part)
+    return ids
+
+
+def _marks_without_prefix(data: dict[str, Any]) -> dict[str, Any]:
+    """What replaces spaces by marks and adds none, in place of a file's own. UserError."""
+    normalizer, splitter = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    kinds = {step["type"] for step in steps} | {splitter.get("type", "Metaspace")}
+    if not kinds <= {"Prepend", "Replace", "Metaspace"}:
+        raise UserError(
+            f"changes or cuts texts in a way that is not known here ({', '.join(sorted(kinds))})."
+        )
+    split = bool(splitter) and splitter.get("split", True)
+    metaspace = {"type": "Metaspace", "replacement": _MARK, "prepend_scheme": "never"}
+    return {"normalizer": None, "pre_tokenizer": metaspace | {"split": split}}
+
+
+def _byte_of_piece() -> dict[str, int]:
+    """The pieces of byte fallback."""
+    return {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def _byte_of_character() -> dict[str, int]:

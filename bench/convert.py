@@ -39,6 +39,8 @@ def main() -> None:
         elif (room := shutil.disk_usage(root).free >> 30) < 36:
             shape = replace(shape, n_layers=max(1, room - 8))  # a layer takes twice 0.4 GiB
         write_empty(root / "native", shape)
+        measure(root / "native", root / "verified", "hf", shape, args.out, verify=True)
+        shutil.rmtree(root / "verified")
         for layout in ("hf", "meta"):
             measure(root / "native", root / layout, layout, shape, args.out)
             measure(root / layout, root / "back", "native", shape, args.out)
@@ -46,7 +48,14 @@ def main() -> None:
             shutil.rmtree(root / "back")
 
 
-def measure(source: Path, target: Path, to: Layout, shape: ModelConfig, out: Path | None) -> None:
+def measure(
+    source: Path,
+    target: Path,
+    to: Layout,
+    shape: ModelConfig,
+    out: Path | None,
+    verify: bool = False,
+) -> None:
     """Converts and reports; the manifest's sums and the sync to the disk are in the time."""
     before, done = own_kib(), threading.Event()
     peak = before
@@ -59,14 +68,14 @@ def measure(source: Path, target: Path, to: Layout, shape: ModelConfig, out: Pat
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start, cpu = time.perf_counter(), time.process_time()
-    manifest = convert(source, target, to, allow_pickle=True)
+    manifest = convert(source, target, to, allow_pickle=True, verify=verify)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     done.set()
     watcher.join()
     gib = sum(file["bytes"] for file in manifest["files"].values()) / 2**30
     largest = max(2 * a * b for a, b in (s for s in shapes_of(shape).values() if len(s) == 2))
     report(
-        f"convert/{source.name}_to_{to}",
+        f"convert/{source.name}_to_{to}" + "_verified" * verify,
         out,
         {
             "gib": round(gib, 3), "layers": shape.n_layers, "source": "zeros",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -89,8 +90,10 @@ def _choose(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: a user's mistake; 3: a broken checkpoint; 130: stopped."""
+    """Runs one command. 0: done; 2: a user's mistake; 3: a broken checkpoint; 130, 143: stopped."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:  # as a program: SIGTERM too unwinds, so that nothing half-written stays
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = parse(arguments)
         return int(options.run(options))
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SystemExit as stop:  # argparse, after --help or --version
+    except SystemExit as stop:  # argparse, after --help or --version; SIGTERM
         return int(stop.code or 0)
 
 

@@ -7,6 +7,9 @@ import os
 import re
 import resource
 import shutil
+import signal
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ GRID: list[dict[str, Any]] = [
     {"model_parallel_size": 4, "num_hidden_layers": 1},
     {"swin_norm": True, "model_parallel_size": 4, "num_hidden_layers": 3},
     {"vocab_size": made.N_IDS + 17, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_parameters": made.STRETCHED, "max_position_embeddings": 256},
     {"tie_word_embeddings": True},
     {"swin_norm": True, "num_attention_heads": 8, "num_key_value_heads": 4,
      "model_parallel_size": 4},
@@ -502,6 +506,25 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_terminated_conversion_leaves_nothing(
+    hf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openchameleon.checkpoints import native
+
+    def terminated(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(native, "write_safetensors", terminated)
+    line = ["openchameleon", "convert", str(hf[0]), str(tmp_path / "new"), "--to", "native"]
+    monkeypatch.setattr(sys, "argv", line)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("source", ["native", "hf"])
 def test_no_file_is_written_outside_the_new_folder(
     source: Any, hf: tuple[Path, Any], tmp_path: Path
@@ -605,6 +628,8 @@ def test_a_hostile_pickle_does_nothing_even_when_pickles_are_wished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made.meta_folder(tmp_path / "model", 1)
+    (tmp_path / "model/tokenizer").mkdir()
+    (tmp_path / "model/tokenizer/text_tokenizer.json").write_text("{}")
     payload = {"weight": torch.zeros(2), "other": Hostile(tmp_path / "owned")}
     torch.save(payload, tmp_path / "model/consolidated.pth")
     command = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "native"]
@@ -635,6 +660,7 @@ def test_tensors_come_back_from_a_pickle_as_they_went(tmp_path: Path) -> None:
     assert identical({k.removeprefix("state_dict."): e.read() for k, e in found.items()}, state)
     write_pickle({k: entry_of(v) for k, v in state.items()}, tmp_path / "b.pth")
     assert identical(torch.load(tmp_path / "b.pth", weights_only=True), state)
+    assert zipfile.ZipFile(tmp_path / "b.pth").testzip() is None, "sums as other readers ask for"
 
 
 def test_shards_are_cut_at_a_gibibyte_and_read_back(

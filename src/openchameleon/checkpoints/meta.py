@@ -70,13 +70,16 @@ def read(folder: Path, allow_pickle: bool) -> Checkpoint:
     params = read_json(folder / PARAMS)
     beside = read_json(folder / SHARDS_OF) if (folder / SHARDS_OF).is_file() else {}
     flat = {**params, **nested(params, "model", folder / PARAMS), **beside}
-    shards = read_pickles(_shard_files(folder, flat))
+    tokenizer = _tokenizer_folder(folder)
+    vqgan = tokenizer / "vqgan.ckpt"
+    pickles = [*_shard_files(folder, flat), *([vqgan] if vqgan.is_file() else [])]
+    shards = read_pickles(pickles)
+    vq_found = shards.pop() if vqgan.is_file() else {}
     for shard in shards:
         shard.pop("rope.freqs", None)  # a buffer of theirs, computed from the shape
     shape = _shape(flat, shards, folder / PARAMS)
     weights = checked(_joined(shards, folder), shapes_of(shape), folder)
-    tokenizer = _tokenizer_folder(folder)
-    vq, vq_weights = _image_tokenizer(tokenizer)
+    vq, vq_weights = _image_tokenizer(vq_found, vqgan) if vq_found else (None, {})
     text = tokenizer / "text_tokenizer.json"
     if mark := nested(params, MARK, folder / PARAMS):
         unsaid = ("dropout", "embedding_std", "max_seq_len")
@@ -195,10 +198,8 @@ def _tokenizer_folder(folder: Path) -> Path:
     )
 
 
-def _image_tokenizer(folder: Path) -> tuple[VQConfig | None, Weights]:
-    if not (folder / "vqgan.ckpt").is_file():
-        return None, {}
-    where = folder / "vqgan.yaml"
+def _image_tokenizer(found: Weights, path: Path) -> tuple[VQConfig, Weights]:
+    where = path.with_suffix(".yaml")
     try:
         params = yaml.safe_load(where.read_text(encoding="utf-8"))["model"]["params"]
         sizes = params["ddconfig"]
@@ -217,12 +218,11 @@ def _image_tokenizer(folder: Path) -> tuple[VQConfig | None, Weights]:
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where} does not describe a VQ-GAN: {error}.") from error
-    [found] = read_pickles([folder / "vqgan.ckpt"])
     ours = {name.removeprefix("state_dict."): entry for name, entry in found.items()}
     # The training's networks, averages and counters may lie beside the model.
     expected = vq_shapes_of(config)
     kept = {name: entry for name, entry in ours.items() if name in expected}
-    return config, checked_vq(kept, config, folder / "vqgan.ckpt")
+    return config, checked_vq(kept, config, path)
 
 
 def write(checkpoint: Checkpoint, folder: Path, tick: Callable[[int], None]) -> None:
@@ -263,6 +263,10 @@ def _refuse_what_has_no_place(checkpoint: Checkpoint) -> None:
                 f"Meta's layout has a shard for each of the {n} groups of the QK-norm, and"
                 f" {name} {list(entry.shape)} cannot be cut into {n}."
             )
+    if shape.rope_scaling is not None:
+        raise CheckpointError(
+            "Meta's layout has no place for stretched rotary positions (rope_scaling)."
+        )
     if checkpoint.text.suffix != ".json":
         raise CheckpointError(
             f"Meta's layout has a byte-level tokenizer.json; {checkpoint.text.name} is a"

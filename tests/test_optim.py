@@ -17,6 +17,7 @@ from openchameleon.data.loader import Batch
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
+from openchameleon.train.parallel import World
 from openchameleon.train.step import (
     LossConfig,
     StepMetrics,
@@ -186,14 +187,16 @@ def test_averaging_over_ranks_equals_one_batch() -> None:
     models, halves = [make_model(), make_model()], make_batch().split(2)
 
     def run(rank: int) -> StepMetrics:
-        def mean(x: Tensor) -> Tensor:
-            slots[rank] = x
-            barrier.wait()
-            result = (slots[0] + slots[1]) / 2
-            barrier.wait()
-            return result
+        class Thread(World):
+            def mean(self, value: Tensor) -> Tensor:
+                slots[rank] = value
+                barrier.wait()
+                result = (slots[0] + slots[1]) / 2
+                barrier.wait()
+                return result
 
-        return one_step(models[rank], [halves[rank]], grad_clip=math.inf, mean_over_ranks=mean)
+        world = Thread(torch.device("cpu"), rank, size=2)
+        return one_step(models[rank], [halves[rank]], grad_clip=math.inf, world=world)
 
     with ThreadPoolExecutor(2) as pool:
         metrics = list(pool.map(run, range(2)))

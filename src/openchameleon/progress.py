@@ -14,7 +14,9 @@ T = TypeVar("T")
 class Progress:
     """One line, redrawn in place on a terminal, printed every 30 s elsewhere; silent under 2 s."""
 
-    def __init__(self, label: str, total: int, unit: str = "", done: int = 0) -> None:
+    def __init__(
+        self, label: str, total: int, unit: str = "", done: int = 0, silent: bool = False
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self._start_done = done
         self._start = self._shown = time.monotonic()
@@ -22,7 +24,7 @@ class Progress:
         self._tty = sys.stderr.isatty()
         self._wrote = False
         # A worker's line would be drawn over its parent's, which counts the workers' results.
-        self._silent = multiprocessing.parent_process() is not None
+        self._silent = silent or multiprocessing.parent_process() is not None
 
     def update(self, done: int, note: str = "") -> None:
         """Sets the number done (absolute) and shows it if it is time to."""

@@ -45,20 +45,26 @@ class HeadNorm(nn.Module):
     """LayerNorm of each head, in float32; one weight and bias for each group of adjacent heads.
 
     Groups, not heads, are the parameters: the released 34B holds one norm for each of its four
-    tensor-parallel shards, and heads of a group must not drift apart in fine-tuning.
+    tensor-parallel shards, and heads of a group must not drift apart in fine-tuning. A
+    process that has only part `part` of `n_parts` of the heads takes the norms of those.
     """
 
     def __init__(self, n_groups: int, head_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_groups, head_dim))
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
+        self.part, self.n_parts = 0, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        n_groups, head_dim = self.weight.shape
-        normed = F.layer_norm(x.float(), (head_dim,), eps=1e-5)  # (B, T, H, D)
-        grouped = normed.unflatten(-2, (n_groups, -1))
-        scaled = grouped * self.weight.float()[:, None] + self.bias.float()[:, None]
+        weight, bias = self._of_part(self.weight), self._of_part(self.bias)
+        normed = F.layer_norm(x.float(), weight.shape[-1:], eps=1e-5)  # (B, T, H, D)
+        grouped = normed.unflatten(-2, (len(weight), -1))
+        scaled = grouped * weight.float()[:, None] + bias.float()[:, None]
         return scaled.flatten(-3, -2).type_as(x)
+
+    def _of_part(self, groups: Tensor) -> Tensor:
+        first = self.part * len(groups) // self.n_parts
+        return groups[first : first + max(1, len(groups) // self.n_parts)]
 
 
 class Attention(nn.Module):

@@ -212,10 +212,12 @@ def save(
 ) -> None:
     """Writes the checkpoint of the run with hash `run` that has done `done` steps."""
     tensors = {f"model/{k}": v for k, v in state.model.state_dict().items()}
-    tensors |= flatten_optimizer(state.optimizer, "optimizer/")
+    tensors |= flatten_optimizer(state.optimizer, state.model, "optimizer/")
     if state.discriminator is not None and state.discriminator_optimizer is not None:
         tensors |= {f"disc/{k}": v for k, v in state.discriminator.state_dict().items()}
-        tensors |= flatten_optimizer(state.discriminator_optimizer, "disc_optimizer/")
+        tensors |= flatten_optimizer(
+            state.discriminator_optimizer, state.discriminator, "disc_optimizer/"
+        )
     tensors |= {"counts": state.counts, "idle": state.idle}
     meta = {
         "step": done,
@@ -240,10 +242,12 @@ def resume(state: VQTrainState, run: str, run_folder: Path) -> int:
         )
     warn_if_elsewhere(meta["environment"], environment(state.model.last_weight.device))
     state.model.load_state_dict(_under(tensors, "model/"))
-    restore_optimizer(state.optimizer, tensors, "optimizer/")
+    restore_optimizer(state.optimizer, state.model, tensors, "optimizer/")
     if state.discriminator is not None and state.discriminator_optimizer is not None:
         state.discriminator.load_state_dict(_under(tensors, "disc/"))
-        restore_optimizer(state.discriminator_optimizer, tensors, "disc_optimizer/")
+        restore_optimizer(
+            state.discriminator_optimizer, state.discriminator, tensors, "disc_optimizer/"
+        )
     state.counts.copy_(tensors["counts"])
     state.idle.copy_(tensors["idle"])
     return meta["step"]

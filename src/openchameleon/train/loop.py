@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +29,14 @@ from openchameleon.train.checkpoint import (
     NoSpaceError,
     flatten_optimizer,
     latest_checkpoint,
-    load_checkpoint,
+    load_meta,
+    optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
 )
 from openchameleon.train.metrics import SCORE, MetricsLog
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
+from openchameleon.train.parallel import World, alone
 from openchameleon.train.run_folder import (
     claim,
     environment,
@@ -43,6 +45,7 @@ from openchameleon.train.run_folder import (
     stopped_text,
     warn_if_elsewhere,
 )
+from openchameleon.train.sharded import Saver, fill, shapes
 from openchameleon.train.step import LossConfig, StepMetrics, train_step
 
 Hook = Callable[[Transformer, int], dict[str, float]]
@@ -99,6 +102,7 @@ def fit(
     begun_from: str | None = None,
     stop_at: int | None = None,
     deadline: float | None = None,
+    world: World | None = None,
 ) -> Path:
     """Trains `model` in place up to `config.steps`; returns its last checkpoint.
 
@@ -107,27 +111,36 @@ def fit(
     saves, and raises Stopped; a second signal ends it at once. UserError where the folder belongs
     to another config or is in use. is_code: (V,) bool, which targets count as codes. begun_from:
     what the model's weights came from, where that is no function of the config; it is part of
-    whose run it is.
+    whose run it is. world: the processes over which `model` is spread, each of which calls this;
+    hooks are not called there.
     """
+    world = world or alone(next(model.parameters()).device)
     if loader.batch_size != config.batch_size:
         raise ValueError(f"loader has {loader.batch_size} rows, config {config.batch_size}")
     if config.threads:
         torch.set_num_threads(config.threads)
     last = config.steps if stop_at is None else min(config.steps, stop_at)
-    with locked(run_folder), stop_signals() as received, _as_configured(model, config):
+    with (
+        _held(run_folder, world),
+        stop_signals() as received,
+        _as_configured(model, config) if world.size == 1 else nullcontext(),
+    ):
         origin = {"begun_from": begun_from} if begun_from else {}
-        claim(run_folder, _identity(model, loader, config, optim) | origin)
-        run = _Run(model, loader, config, optim, run_folder, is_code, hooks or {})
+        identity = _identity(model, loader, config, optim) | origin
+        world.agree(lambda: claim(run_folder, identity))
+        run = _Run(model, loader, config, optim, run_folder, is_code, hooks or {}, world)
+
+        def is_told_to_end() -> bool:
+            return bool(received) or (deadline is not None and time.monotonic() >= deadline)
+
         try:
-            while run.step < last and not received:
-                if deadline is not None and time.monotonic() >= deadline:
-                    break
+            while run.step < last and not world.any(is_told_to_end()):
                 run.take_step()
         finally:
             run.close()
-        path = run.save()
-        if received:
-            raise Stopped(stopped_text(received[0], run.step))
+        path = run.save_and_wait()
+        if signals := world.agree(lambda: received):
+            raise Stopped(stopped_text(signals[0], run.step))
         return path
 
 
@@ -143,33 +156,44 @@ class _Run:
         folder: Path,
         is_code: Tensor,
         hooks: Mapping[str, Hook],
+        world: World,
     ) -> None:
         self.model, self.loader, self.config, self.optim = model, loader, config, optim
-        self.device = next(model.parameters()).device
-        self.is_code, self.hooks = is_code.to(self.device), hooks
+        self.world, self.device = world, world.device
+        self.is_code, self.hooks = is_code.to(self.device), hooks if world.size == 1 else {}
+        self.saver = Saver(world) if world.size > 1 else None
         self.optimizer = make_optimizer(model, optim)
         self.folder = folder / "checkpoints"
         self.step = self.n_not_finite = self.n_unsaved = 0  # the last two: in a row
         self.saved: tuple[int, Path] | None = None
         self.resume()
-        self.log = MetricsLog(folder / "metrics.jsonl", self.step)
-        self.progress = Progress("train", config.steps, "steps", self.step)
+        self.log = MetricsLog(folder / "metrics.jsonl", self.step) if world.is_main else None
+        self.progress = Progress("train", config.steps, "steps", self.step, not world.is_main)
         self.busy, self.n_tokens = 0.0, 0  # since the last log line
 
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
-        path = latest_checkpoint(self.folder)
+        path = self.world.agree(lambda: latest_checkpoint(self.folder))
         if path is None:
             return
-        tensors, meta = load_checkpoint(path, verify=False)
-        prefix = "model/"
-        self.model.load_state_dict(
-            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        )
-        restore_optimizer(self.optimizer, tensors, "optimizer/")
+        meta = load_meta(path)
+        weights, prefix = self.weights(), "optimizer/"
+        stored = {n: s for n, s in shapes(path).items() if n.startswith(prefix)}
+        state = optimizer_tensors(self.model, stored, prefix)
+        fill(path, weights | state)
+        restore_optimizer(self.optimizer, self.model, state, prefix)
         self.step, self.n_not_finite = meta["step"], meta["n_not_finite"]
         self.saved = self.step, path
-        warn_if_elsewhere(meta["environment"], environment(self.device))
+        if self.world.is_main:
+            warn_if_elsewhere(meta["environment"], self.environment())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors as a checkpoint has them; what is written to them is the model's."""
+        return {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+
+    def environment(self) -> dict[str, Any]:
+        """What the last bits of this run depend on besides its config."""
+        return environment(self.device) | {"processes": self.world.size}
 
     def take_step(self) -> None:
         """One step, and what is due after it: its log line, the hooks, a checkpoint."""
@@ -195,9 +219,11 @@ class _Run:
         """Trains on the batch of this step."""
         self.model.train()
         # dropout's randomness, a function of the step: nothing to save, nothing to lose
-        digest = hashlib.sha256(f"{self.config.seed}/{self.step}".encode()).digest()
+        rank, n_ranks = self.world.data_rank, self.world.data_size
+        key = f"{self.config.seed}/{self.step}" + (f"/{rank}" if rank else "")
+        digest = hashlib.sha256(key.encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        batch = self.loader.batch(self.step).to(self.device)
+        batch = self.loader.batch(self.step, rank, n_ranks).to(self.device)
         batches = batch.split(self.config.micro_batch_size or self.config.batch_size)
         return train_step(
             self.model,
@@ -207,6 +233,7 @@ class _Run:
             lr=lr,
             grad_clip=self.optim.grad_clip,
             is_code=self.is_code,
+            world=self.world,
         )
 
     def is_due(self, every: int) -> bool:
@@ -218,7 +245,7 @@ class _Run:
         values = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None}
         speed = self.n_tokens / self.busy
         if self.is_due(self.config.log_every):
-            self.log.log(self.step, values | {"lr": lr, "tokens_per_s": round(speed, 1)})
+            self.note(values | {"lr": lr, "tokens_per_s": round(speed, 1)})
             self.busy, self.n_tokens = 0.0, 0
         losses = [f"{k} {values[k]:.3f}" for k in ("text_loss", "code_loss") if k in values]
         self.progress.update(self.step, " | ".join(["", f"{speed:,.0f} tokens/s", *losses]))
@@ -229,33 +256,48 @@ class _Run:
             for name, hook in self.hooks.items():
                 self.model.eval()
                 if scores := hook(self.model, self.step):
-                    self.log.log(self.step, {f"{SCORE}{name}/{k}": v for k, v in scores.items()})
+                    self.note({f"{SCORE}{name}/{k}": v for k, v in scores.items()})
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """A line of the log, which the main process keeps."""
+        if self.log is not None:
+            self.log.log(self.step, values)
 
     def pass_over(self, error: FloatingPointError) -> None:
         """Leaves out a step that is not finite; after three in a row saves and ends the run."""
         self.step, self.n_not_finite = self.step + 1, self.n_not_finite + 1
-        print(f"step {self.step} is left out: {error}", file=sys.stderr)
-        self.log.log(self.step, {"not_finite": self.n_not_finite})
+        self.say(f"step {self.step} is left out: {error}")
+        self.note({"not_finite": self.n_not_finite})
         if self.n_not_finite >= MAX_FAILURES:
             raise UserError(
                 f"{MAX_FAILURES} steps in a row were not finite, the last one {self.step}; the "
-                f"weights before them are in {self.save()}. Train with a lower optim.lr."
+                f"weights before them are in {self.save_and_wait()}. Train with a lower optim.lr."
             )
 
-    def save(self) -> Path:
-        """Saves this step, unless it is saved already; returns its checkpoint."""
+    def save(self) -> None:
+        """Saves this step, unless it is saved already; with many processes beside the training."""
         if self.saved and self.saved[0] == self.step:
-            return self.saved[1]
-        weights = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors = weights | flatten_optimizer(self.optimizer, "optimizer/")
+            return
+        tensors = self.weights() | flatten_optimizer(self.optimizer, self.model, "optimizer/")
         meta = {
             "step": self.step,
             "n_not_finite": self.n_not_finite,
-            "environment": environment(self.device),
+            "environment": self.environment(),
         }
-        path = save_checkpoint(self.folder, self.step, tensors, meta, self.config.keep)
+        keep = self.config.keep
+        if self.saver is None:
+            path = save_checkpoint(self.folder, self.step, tensors, meta, keep)
+        else:
+            path = self.saver.save(self.folder, self.step, tensors, meta, keep)
         self.saved, self.n_unsaved = (self.step, path), 0
-        return path
+
+    def save_and_wait(self) -> Path:
+        """Saves this step, and returns its checkpoint when it is whole."""
+        self.save()
+        if self.saver is not None:
+            self.saver.wait()
+        assert self.saved is not None
+        return self.saved[1]
 
     def save_if_space(self) -> None:
         """Saves; a full disk is waited out until the third save it prevents."""
@@ -265,11 +307,25 @@ class _Run:
             self.n_unsaved += 1
             if self.n_unsaved >= MAX_FAILURES:
                 raise
-            print(f"warning: step {self.step} is not saved: {error}", file=sys.stderr)
+            self.say(f"warning: step {self.step} is not saved: {error}")
+
+    def say(self, sentence: str) -> None:
+        """To the user, once."""
+        if self.world.is_main:
+            print(sentence, file=sys.stderr)
 
     def close(self) -> None:
         self.progress.close()
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
+
+
+@contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """The folder locked by the main process, for all."""
+    with ExitStack() as stack:
+        world.agree(lambda: stack.enter_context(locked(folder)))
+        yield
 
 
 def _identity(
@@ -286,7 +342,10 @@ def _identity(
 
 @contextmanager
 def _as_configured(model: Transformer, config: TrainConfig) -> Iterator[None]:
-    """`model.hidden` in the config's dtype and compiled; parameters and names stay as they are."""
+    """`model.hidden` in the config's dtype and compiled; parameters and names stay as they are.
+
+    A model that is spread over processes is so already, see `parallel.spread`.
+    """
     if config.dtype == "float32" and not config.compile:
         yield
         return

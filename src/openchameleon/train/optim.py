@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from openchameleon.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class OptimConfig:
@@ -138,11 +140,27 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     spared = {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0}
     if config.matrices == "adamw":
         decaying = {"params": decayed, "weight_decay": config.weight_decay}
-        return _adamw([decaying, spared], config)
+        return _adamw([*_by_mesh(decaying), *_by_mesh(spared)], config)
+    if any(hasattr(weight, "device_mesh") for weight in decayed):
+        raise UserError(
+            'optim.matrices = "muon" needs whole matrices, and these are spread over processes; use'
+            ' "adamw" under torchrun.'
+        )
     muon = torch.optim.Muon(
         decayed, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return Pair(muon, _adamw([spared], config))
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group, cut so that weights spread over different meshes of processes are not together.
+
+    The fused step takes one mesh at a time.
+    """
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{**group, "params": part} for part in parts.values()]
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

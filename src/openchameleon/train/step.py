@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from openchameleon.data.loader import Batch
 from openchameleon.model.transformer import Transformer
 from openchameleon.train.losses import chunked_loss
 from openchameleon.train.optim import Optimizer
+from openchameleon.train.parallel import World, add_up_norms, alone, clip_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class StepMetrics:
 
     loss: cross-entropy and z-loss. text_loss, code_loss: cross-entropy where the target is text
     or an image code; None where the step had no such target. grad_norm: before clipping.
-    log_z_max: the largest |log Z| on this rank, whose growth warns of divergence.
-    n_tokens: positions that held a token, on this rank.
+    log_z_max: the largest |log Z|, whose growth warns of divergence.
+    n_tokens: positions that held a token.
     """
 
     loss: float
@@ -57,34 +58,38 @@ def train_step(
     lr: float,
     grad_clip: float,
     is_code: Tensor,
-    mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    world: World | None = None,
 ) -> StepMetrics:
     """Updates `model` by one step on `batches`, micro-batches of one batch on the model's device.
 
     The result does not depend on how a batch is cut into micro-batches or shared among ranks: each
-    target counts by its weight over the weight of all. is_code: (V,) bool. mean_over_ranks: needed
-    where gradients are averaged over ranks. Raises FloatingPointError, with the weights as they
-    were, where the loss or its gradient is not finite.
+    target counts by its weight over the weight of all. is_code: (V,) bool. world: the processes
+    that `batches` is a part for, whose gradients are averaged; all get the same metrics. Raises
+    FloatingPointError on all of them, with the weights as they were, where the loss or its gradient
+    is not finite.
     """
+    world = world or alone()
     batches = [weighed(batch, config.code_weight, is_code) for batch in batches]
     optimizer.zero_grad()
-    total = mean_over_ranks(torch.stack([b.loss_weights.sum() for b in batches]).sum())
+    total = world.mean(torch.stack([b.loss_weights.sum() for b in batches]).sum())
     sums, log_z_max = torch.zeros(5, device=total.device), torch.zeros((), device=total.device)
+    n_tokens = torch.tensor(sum(b.n_tokens for b in batches), device=total.device)
     for batch in batches:
         loss_sum, parts, log_z = batch_loss(model, batch, config, is_code)
         (loss_sum / total).backward()
         sums += torch.stack([loss_sum.detach(), *parts])
         log_z_max = torch.maximum(log_z_max, log_z.abs().max())
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    loss_sum, text_sum, text_weight, code_sum, code_weight = mean_over_ranks(sums).tolist()
+    add_up_norms(model, world)
+    norm = clip_gradients(list(model.parameters()), grad_clip)
+    loss_sum, text_sum, text_weight, code_sum, code_weight = world.mean(sums).tolist()
     metrics = StepMetrics(
         loss=loss_sum / (text_weight + code_weight or math.nan),
         text_loss=text_sum / text_weight if text_weight else None,
         code_loss=code_sum / code_weight if code_weight else None,
         grad_norm=float(norm),
-        log_z_max=float(log_z_max),
-        n_tokens=sum(b.n_tokens for b in batches),
+        log_z_max=float(world.largest(log_z_max)),
+        n_tokens=round(float(world.mean(n_tokens.double())) * world.data_size),
     )
     if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
         raise FloatingPointError(f"Step not taken, weight of targets {float(total)}: {metrics}")

@@ -1,0 +1,295 @@
+"""Many processes train one model: who they are, and how its weights are spread over them.
+
+`torchrun` starts the processes; PyTorch's FSDP2 and tensor parallelism do the work. All of it is
+applied to a model from outside, in one order, by `spread`; alone, the same calls change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from openchameleon.errors import UserError
+from openchameleon.model.transformer import HeadNorm, Transformer, initial_weight
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How a run uses its processes; none of it changes what is learned, but for the last digits.
+
+    tensor: processes that compute each layer together, each a part of the heads and of the
+    feed-forward's width; all others share the rows of a batch, and the weights (FSDP2).
+    checkpoint_layers: keep the input of each layer only, and compute the rest again for the
+    gradient.
+    """
+
+    tensor: int = 1
+    checkpoint_layers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tensor < 1:
+            raise ValueError(f"tensor = {self.tensor} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them. `alone` is a run of one process.
+
+    data_rank of data_size: which part of a batch is this process's. tensor_rank of tensor_size:
+    which part of each layer.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks, logs and renames for all."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
+
+    @property
+    def data_size(self) -> int:
+        return 1 if self.mesh is None else self.mesh["data"].size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return 0 if self.mesh is None else self.mesh["tensor"].get_local_rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return 1 if self.mesh is None else self.mesh["tensor"].size()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the parts of a batch: the same on all processes."""
+        return self._over_data(value, torch.distributed.ReduceOp.SUM) / self.data_size
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest over the parts of a batch."""
+        return self._over_data(value, torch.distributed.ReduceOp.MAX)
+
+    def _over_data(self, value: Tensor, op: Any) -> Tensor:
+        if self.data_size == 1:
+            return value
+        assert self.mesh is not None
+        value = value.clone()
+        torch.distributed.all_reduce(value, op, self.mesh["data"].get_group())
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        if self.mesh is None:
+            return flag
+        votes = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes)
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main process, on all. An error there is an error on all."""
+        if self.mesh is None:
+            return make()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except Exception as error:
+                answer[1] = error
+        torch.distributed.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def alone(device: torch.device | str = "cpu") -> World:
+    """A world of one process."""
+    return World(torch.device(device))
+
+
+@contextmanager
+def world_of_torchrun(config: ParallelConfig) -> Iterator[World]:
+    """The world that `torchrun` started, or a process alone. UserError where it cannot be divided.
+
+    Each process takes the GPU of its local rank, where there are GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu")
+    if size % config.tensor:
+        raise UserError(
+            f"parallel.tensor = {config.tensor} does not divide the {size} processes; torchrun's"
+            " --nproc-per-node times its --nnodes is their number."
+        )
+    if size == 1:
+        yield alone(device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if has_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    try:
+        mesh = init_device_mesh(
+            device.type, (size // config.tensor, config.tensor), mesh_dim_names=("data", "tensor")
+        )
+        yield World(device, torch.distributed.get_rank(), size, mesh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def spread(
+    model: Transformer,
+    world: World,
+    config: ParallelConfig,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    compile: bool = False,
+) -> Transformer:
+    """The model with its weights over the processes of `world`: the same object, changed.
+
+    In this order: tensor parallel, checkpointing of layers, compilation, FSDP2. Parameters keep
+    their names. dtype: of products and of the weights in transit, where there are several
+    processes; gradients are reduced in float32. UserError where heads or widths cannot be divided.
+    """
+    if world.tensor_size > 1:
+        _divide_layers(model, world)
+    if config.checkpoint_layers:
+        for layer in model.layers:
+            layer.forward = partial(_checkpointed, layer.forward)
+    if world.size > 1:
+        if compile:
+            for layer in model.layers:
+                layer.compile()
+        _shard(model, world, dtype)
+    return model
+
+
+def _divide_layers(model: Transformer, world: World) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    assert world.mesh is not None
+    config, n = model.config, world.tensor_size
+    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
+        if (value := getattr(config, name)) % n:
+            raise UserError(f"parallel.tensor = {n} does not divide {name} = {value}.")
+    if config.qk_norm and config.qk_norm_groups % n and n % config.qk_norm_groups:
+        raise UserError(
+            f"parallel.tensor = {n} and qk_norm_groups = {config.qk_norm_groups}: one must divide"
+            " the other."
+        )
+    rows, columns = RowwiseParallel(), ColwiseParallel()
+    plan = {
+        "attention.wq": columns, "attention.wk": columns, "attention.wv": columns,
+        "attention.wo": rows,
+        "feed_forward.w1": columns, "feed_forward.w3": columns, "feed_forward.w2": rows,
+    }  # fmt: skip
+    for layer in model.layers:
+        parallelize_module(layer, world.mesh["tensor"], plan)
+    for norm in _head_norms(model):
+        norm.part, norm.n_parts = world.tensor_rank, n
+
+
+def _head_norms(model: nn.Module) -> list[HeadNorm]:
+    return [module for module in model.modules() if isinstance(module, HeadNorm)]
+
+
+def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+    return result
+
+
+def _shard(model: Transformer, world: World, dtype: str) -> None:
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    assert world.mesh is not None
+    half = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=world.mesh["data"], mp_policy=policy)
+    # The loss asks for `hidden`, and then for the output head, which the root keeps unsharded.
+    register_fsdp_forward_method(model, "hidden")
+
+
+def add_up_norms(model: Transformer, world: World) -> None:
+    """Sums the gradients of the QK-norms, of which each process has seen its own heads only."""
+    if world.tensor_size == 1:
+        return
+    assert world.mesh is not None
+    group = world.mesh["tensor"].get_group()
+    for norm in _head_norms(model):
+        for parameter in norm.parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(local(parameter.grad), group=group)
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """The norm of all gradients together, before it is cut to `max_norm`: the same everywhere."""
+    gradients: dict[Any, list[Tensor]] = {}
+    trained = [p for p in parameters if p.grad is not None]
+    for parameter in trained:
+        assert parameter.grad is not None
+        gradients.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter.grad)
+    # One norm for each mesh: those of layers that are divided lie on another than the rest.
+    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in gradients.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for part in gradients.values():
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in part], scale)
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread, or the tensor."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread: a call for all processes together."""
+    full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def place_of(tensor: Any) -> tuple[slice, ...]:
+    """Where this process's part of a tensor lies in all of it."""
+    if not hasattr(tensor, "placements"):
+        return tuple(slice(0, n) for n in tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fills a model, spread or not, as `Transformer.init_weights` does: the same numbers."""
+    for name, parameter in model.named_parameters():
+        value = initial_weight(model.config, name, parameter.shape, seed)
+        local(parameter).copy_(value[place_of(parameter)])

@@ -1,0 +1,138 @@
+"""Many processes learn what one does, from the same samples, and take up each other's runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "alone": {"processes": 1},
+    "shared": {"processes": 2},
+    "divided": {"processes": 2, "parallel": {"tensor": 2}},
+    "both": {"processes": 4, "parallel": {"tensor": 2}},
+    "in parts": {"processes": 2, "parallel": {"checkpoint_layers": True},
+                 "train": {"micro_batch_size": 1}},
+    "tied": {"processes": 4, "parallel": {"tensor": 2},
+             "shape": {"tie_embeddings": True, "qk_norm_groups": 1, "n_kv_heads": 2}},
+    "tied, alone": {"processes": 1,
+                    "shape": {"tie_embeddings": True, "qk_norm_groups": 1, "n_kv_heads": 2}},
+}  # fmt: skip
+RESUMED = {"1 to 2": (1, 2), "2 to 1": (2, 1), "2 to 4": (2, 4), "4 to 2": (4, 2)}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> what the job saw."""
+    listed = []
+    for name, job in jobs.items():
+        listed.append(
+            {"run": str(folder / name), "out": str(folder / f"{name}.json"),
+             "port": free_port(), **job}
+        )  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "processes.py"), str(folder / "jobs.json")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
+    for name, job in seen.items():
+        assert not job["failed"], f"{name}: {done.stderr[-3000:]}"
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All runs of this file, in processes forked from one."""
+    folder = tmp_path_factory.mktemp("parallel")
+    jobs = dict(LAYOUTS)
+    two_by_two = {"processes": 4, "parallel": {"tensor": 2}}
+    for n in (1, 2, 4):
+        jobs[f"half of {n}"] = {**(two_by_two if n == 4 else {"processes": n}), "stop_at": 6}
+    for name, (before, after) in RESUMED.items():
+        layout = two_by_two if after == 4 else {"processes": after}
+        jobs[name] = {**layout, "copy_of": str(folder / f"half of {before}")}
+    jobs["spoiled once"] = {"processes": 2, "spoiled": [3], "rank_spoiled": 1}
+    jobs["spoiled"] = {"processes": 2, "spoiled": [5, 6, 7], "rank_spoiled": 1}
+    return run_jobs(folder, jobs)
+
+
+def losses(job: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in job["lines"]]
+
+
+def samples(job: dict[str, Any]) -> dict[str, list[Any]]:
+    """Step -> the samples of all processes, in their order."""
+    joined: dict[str, list[Any]] = {}
+    for rank in job["ranks"]:
+        for step, ids in rank["samples"].items():
+            joined.setdefault(step, []).extend(ids)
+    return joined
+
+
+@pytest.mark.parametrize("name", ["shared", "divided", "both", "in parts"])
+def test_many_processes_learn_what_one_does(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    assert len(losses(seen[name])) == 12
+    assert losses(seen[name]) == pytest.approx(losses(seen["alone"]), rel=1e-5)
+    for key in ("grad_norm", "text_loss", "code_loss", "log_z_max", "n_tokens"):
+        ours, alone = ([line[key] for line in seen[n]["lines"]] for n in (name, "alone"))
+        assert ours == pytest.approx(alone, rel=1e-4), key
+    weights = [rank["weights"] for rank in seen[name]["ranks"]]
+    assert all(w == weights[0] for w in weights), "the processes agree"
+    alone = seen["alone"]["ranks"][0]["weights"]
+    assert weights[0] == pytest.approx(alone, rel=1e-3, abs=1e-3)
+
+
+def test_tied_tables_and_norms_of_one_group_are_learned_alike(seen: dict[str, Any]) -> None:
+    assert losses(seen["tied"]) == pytest.approx(losses(seen["tied, alone"]), rel=1e-5)
+    assert losses(seen["tied"]) != pytest.approx(losses(seen["alone"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_another_number_of_processes(name: str, seen: dict[str, Any]) -> None:
+    assert losses(seen[name]) == pytest.approx(losses(seen["alone"]), rel=1e-5)
+    whole = samples(seen["alone"])
+    went_on = samples(seen[name])
+    assert went_on == {step: whole[step] for step in map(str, range(6, 12))}
+
+
+def test_every_number_of_processes_sees_the_same_samples(seen: dict[str, Any]) -> None:
+    whole = samples(seen["alone"])
+    for name in ("shared", "both", "in parts"):
+        assert samples(seen[name]) == whole
+
+
+def test_a_step_spoiled_on_one_process_is_taken_by_none(seen: dict[str, Any]) -> None:
+    lines = seen["spoiled once"]["lines"]
+    assert [line["step"] for line in lines if "not_finite" in line] == [4]
+    assert lines[-1]["step"] == 12
+    weights = [rank["weights"] for rank in seen["spoiled once"]["ranks"]]
+    assert weights[0] == weights[1]
+    assert all(value == value for value in weights[0].values())
+
+
+def test_three_spoiled_steps_in_a_row_end_the_run_with_a_checkpoint(seen: dict[str, Any]) -> None:
+    job = seen["spoiled"]
+    assert [line["not_finite"] for line in job["lines"] if "not_finite" in line] == [1, 2, 3]
+    for rank in job["ranks"]:
+        assert "3 steps in a row were not finite" in rank["sentence"]
+        assert "step-00000008" in rank["sentence"]

@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     with torch.no_grad():
         model.norm.weight[3] = math.inf
     before = weights_of(model)
-    with pytest.raises(FloatingPointError, match="grad_norm"):
+    with pytest.raises(FloatingPointError, match="gradient norm"):
         one_step(model, [make_batch()])
     assert torch.equal(weights_of(model), before)
 
@@ -235,7 +235,7 @@ def test_a_batch_without_targets_stops_before_the_update() -> None:
     model, batch = make_model(), make_batch()
     empty = dataclasses.replace(batch, loss_weights=torch.zeros_like(batch.loss_weights))
     before = weights_of(model)
-    with pytest.raises(FloatingPointError, match=r"weight of targets 0\.0"):
+    with pytest.raises(FloatingPointError, match="loss nan"):
         one_step(model, [empty])
     assert torch.equal(weights_of(model), before)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from openchameleon.train.checkpoint import latest_checkpoint, load_checkpoint
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,9 +67,13 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[st
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, dict[str, Any]]:
     """All runs of this file, in processes forked from one."""
-    folder = tmp_path_factory.mktemp("parallel")
     jobs = dict(LAYOUTS)
     two_by_two = {"processes": 4, "parallel": {"tensor": 2}}
     for n in (1, 2, 4):
@@ -119,6 +129,43 @@ def test_every_number_of_processes_sees_the_same_samples(seen: dict[str, Any]) -
     whole = samples(seen["alone"])
     for name in ("shared", "both", "in parts"):
         assert samples(seen[name]) == whole
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.write_bytes(flipped(file.read_bytes())), "differs from what was"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-5]), r"bytes, expected"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+    ids=["a flipped bit", "a truncated part", "a missing part"],
+)
+def test_a_broken_part_is_named_and_the_checkpoint_before_is_used(
+    spoil: Callable[[Path], object],
+    message: str,
+    seen: dict[str, Any],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(folder / "half of 4/checkpoints", tmp_path / "checkpoints")
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000006"
+    part = max((tmp_path / "checkpoints/step-00000006/tensors").glob("*.distcp"))
+    spoil(part)
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000004"
+    assert re.search(rf"tensors/{part.name} .*{message}", capsys.readouterr().err)
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_a_checkpoint_of_many_is_read_by_one_whole(seen: dict[str, Any], folder: Path) -> None:
+    of_four, _ = load_checkpoint(folder / "half of 4/checkpoints/step-00000006")
+    of_one, _ = load_checkpoint(folder / "half of 1/checkpoints/step-00000006")
+    assert of_four.keys() == of_one.keys()
+    for name, tensor in of_one.items():
+        torch.testing.assert_close(of_four[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_spoiled_on_one_process_is_taken_by_none(seen: dict[str, Any]) -> None:

@@ -7,13 +7,23 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The command line prints its text alone and exits with 2."""
+    """What the user can mend. The command line prints its text alone and ends with `exit_code`."""
+
+    exit_code = 2
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read: the sentence names the file and, where there is one, the
-    tensor. The command line exits with 3.
+    tensor.
     """
+
+    exit_code = 3
+
+
+class Diverged(UserError):
+    """A training that cannot go on as it is."""
+
+    exit_code = 42
 
 
 class Stopped(Exception):

@@ -14,13 +14,14 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from openchameleon import __version__
-from openchameleon.errors import CheckpointError, Stopped, UserError, nearest
+from openchameleon.errors import Stopped, UserError, nearest
 
 COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",
     "train": "run a training recipe",
+    "rewind": "take a training back to an earlier step, and past some batches",
     "evaluate": "score a model",
     "convert": "checkpoints: Meta's, Hugging Face's and ours, each to each",
     "demo": "a conversation in text and pictures, written as a page",
@@ -90,7 +91,9 @@ def _choose(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: a user's mistake; 3: a broken checkpoint; 130, 143: stopped."""
+    """Runs one command. 0: done; 130, 143: stopped; else what went wrong: 2, a user's mistake; 3, a
+    broken checkpoint; 4, no space to save; 42, a training that diverged.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if argv is None:  # as a program: SIGTERM too unwinds, so that nothing half-written stays
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--traceback" in arguments:
             raise
         print(f"openchameleon: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, CheckpointError) else 2
+        return error.exit_code
     except Stopped as stopped:
         print(f"openchameleon: {stopped}", file=sys.stderr)
         return 130

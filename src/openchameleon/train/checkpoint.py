@@ -42,6 +42,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 class NoSpaceError(UserError):
     """The disk cannot hold the checkpoint; earlier checkpoints are untouched."""
 
+    exit_code = 4
+
 
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], keep: int = 2
@@ -90,7 +92,7 @@ def finish_save(temporary: Path, step: int, meta: dict[str, Any], keep: int) -> 
     sync_folder(folder)
     if fault := _fault(final):
         raise OSError(f"{final} does not read back as written: {fault}")
-    older = [path for number, path in _steps(folder) if number < step]
+    older = [path for number, path in checkpoints_in(folder) if number < step]
     for path in older[keep - 1 :]:
         _remove(path)
     return final
@@ -116,7 +118,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Each broken one passed over is named on standard error. UserError when all are broken:
     starting from nothing must be the user's decision.
     """
-    steps = _steps(folder)
+    steps = checkpoints_in(folder)
     for _, path in steps:
         fault = _fault(path)
         if fault is None:
@@ -269,8 +271,8 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """`(step, path)` of each checkpoint directory, newest first."""
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """`(step, path)` of each checkpoint directory, whole or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(m, path) for path in folder.iterdir() if (m := _STEP_NAME.fullmatch(path.name))]

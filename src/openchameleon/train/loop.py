@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openchameleon.config import to_dict
 from openchameleon.data.loader import RowLoader
-from openchameleon.errors import Stopped, UserError
+from openchameleon.errors import Diverged, Stopped
 from openchameleon.model.transformer import Transformer
 from openchameleon.progress import Progress
 from openchameleon.train.checkpoint import (
@@ -34,9 +34,11 @@ from openchameleon.train.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from openchameleon.train.guard import Guard, GuardConfig, StepLeftOut
 from openchameleon.train.metrics import SCORE, MetricsLog
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
 from openchameleon.train.parallel import World, alone
+from openchameleon.train.rewind import CHECKPOINTS, skipped_steps
 from openchameleon.train.run_folder import (
     claim,
     environment,
@@ -51,8 +53,8 @@ from openchameleon.train.step import LossConfig, StepMetrics, train_step
 Hook = Callable[[Transformer, int], dict[str, float]]
 """Looks at the model after a step; what it returns is logged as `score/{hook}/{key}`."""
 
-MAX_FAILURES = 3
-"""As many steps not finite, or saves without space, in a row end a run."""
+MAX_UNSAVED = 3
+"""As many saves without space in a row end a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     seed: int = 0
     loss: LossConfig = field(default_factory=LossConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     threads: int | None = None
@@ -163,8 +166,9 @@ class _Run:
         self.is_code, self.hooks = is_code.to(self.device), hooks if world.size == 1 else {}
         self.saver = Saver(world) if world.size > 1 else None
         self.optimizer = make_optimizer(model, optim)
-        self.folder = folder / "checkpoints"
-        self.step = self.n_not_finite = self.n_unsaved = 0  # the last two: in a row
+        self.folder = folder / CHECKPOINTS
+        self.step = self.n_unsaved = 0  # the second: in a row
+        self.guard, self.skipped = Guard(config.guard), skipped_steps(folder)
         self.saved: tuple[int, Path] | None = None
         self.resume()
         self.log = MetricsLog(folder / "metrics.jsonl", self.step) if world.is_main else None
@@ -182,7 +186,7 @@ class _Run:
         state = optimizer_tensors(self.model, stored, prefix)
         fill(path, weights | state)
         restore_optimizer(self.optimizer, self.model, state, prefix)
-        self.step, self.n_not_finite = meta["step"], meta["n_not_finite"]
+        self.step, self.guard = meta["step"], Guard(self.config.guard, meta["guard"])
         self.saved = self.step, path
         if self.world.is_main:
             warn_if_elsewhere(meta["environment"], self.environment())
@@ -198,13 +202,17 @@ class _Run:
     def take_step(self) -> None:
         """One step, and what is due after it: its log line, the hooks, a checkpoint."""
         start = time.perf_counter()
+        if any(first <= self.step < end for first, end in self.skipped):
+            self.step += 1
+            self.note({"skipped": 1})
+            return
         lr = lr_at(self.step, self.config.steps, self.optim)
         try:
             metrics = self.update(lr)
-        except FloatingPointError as error:
-            self.pass_over(error)
+        except StepLeftOut as reason:
+            self.pass_over(reason)
             return
-        self.step, self.n_not_finite = self.step + 1, 0
+        self.step += 1
         self.busy += time.perf_counter() - start
         self.n_tokens += metrics.n_tokens
         self.report(metrics, lr)
@@ -234,6 +242,7 @@ class _Run:
             grad_clip=self.optim.grad_clip,
             is_code=self.is_code,
             world=self.world,
+            guard=self.guard,
         )
 
     def is_due(self, every: int) -> bool:
@@ -263,16 +272,17 @@ class _Run:
         if self.log is not None:
             self.log.log(self.step, values)
 
-    def pass_over(self, error: FloatingPointError) -> None:
-        """Leaves out a step that is not finite; after three in a row saves and ends the run."""
-        self.step, self.n_not_finite = self.step + 1, self.n_not_finite + 1
-        self.say(f"step {self.step} is left out: {error}")
-        self.note({"not_finite": self.n_not_finite})
-        if self.n_not_finite >= MAX_FAILURES:
-            raise UserError(
-                f"{MAX_FAILURES} steps in a row were not finite, the last one {self.step}; the "
-                f"weights before them are in {self.save_and_wait()}. Train with a lower optim.lr."
-            )
+    def pass_over(self, reason: StepLeftOut) -> None:
+        """Leaves out a step; where there were too many in a row, saves and ends the run."""
+        self.step += 1
+        self.say(f"step {self.step} is left out: {reason}")
+        counts = {"not_finite": self.guard.not_finite, "outlying": self.guard.outlying}
+        self.note({name: n for name, n in counts.items() if n})
+        try:
+            self.guard.end_if_hopeless(self.step)
+        except Diverged as end:
+            saved = self.save_and_wait()
+            raise Diverged(f"{end} The weights before them are in {saved}.") from end
 
     def save(self) -> None:
         """Saves this step, unless it is saved already; with many processes beside the training."""
@@ -281,7 +291,7 @@ class _Run:
         tensors = self.weights() | flatten_optimizer(self.optimizer, self.model, "optimizer/")
         meta = {
             "step": self.step,
-            "n_not_finite": self.n_not_finite,
+            "guard": self.guard.state(),
             "environment": self.environment(),
         }
         keep = self.config.keep
@@ -305,7 +315,7 @@ class _Run:
             self.save()
         except NoSpaceError as error:
             self.n_unsaved += 1
-            if self.n_unsaved >= MAX_FAILURES:
+            if self.n_unsaved >= MAX_UNSAVED:
                 raise
             self.say(f"warning: step {self.step} is not saved: {error}")
 

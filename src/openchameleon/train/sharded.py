@@ -6,6 +6,7 @@ pickle: it is read only where the directory's manifest has been checked.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -81,13 +82,11 @@ class Saver:
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder of parts, on the CPU, read by one process alone."""
-    import torch.distributed.checkpoint as dcp
-
     tensors = {
         name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
         for name, entry in _index(folder).items()
     }
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    _load(tensors, folder, alone=True)
     return tensors
 
 
@@ -116,7 +115,13 @@ def fill(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 else:
                     mine.copy_(file.get_tensor(name))
         return
+    _load(dict(tensors), path / SHARDS, alone=not torch.distributed.is_initialized())
+
+
+def _load(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
     import torch.distributed.checkpoint as dcp
 
-    alone = not torch.distributed.is_initialized()
-    dcp.load(dict(tensors), checkpoint_id=path / SHARDS, no_dist=alone)
+    with warnings.catch_warnings():
+        if alone:  # which is meant, and would be warned of
+            warnings.simplefilter("ignore")
+        dcp.load(tensors, checkpoint_id=folder, no_dist=alone)

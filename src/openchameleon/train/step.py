@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openchameleon.data.loader import Batch
 from openchameleon.model.transformer import Transformer
+from openchameleon.train.guard import Guard, GuardConfig
 from openchameleon.train.losses import chunked_loss
 from openchameleon.train.optim import Optimizer
 from openchameleon.train.parallel import World, add_up_norms, alone, clip_gradients
@@ -59,14 +60,15 @@ def train_step(
     grad_clip: float,
     is_code: Tensor,
     world: World | None = None,
+    guard: Guard | None = None,
 ) -> StepMetrics:
     """Updates `model` by one step on `batches`, micro-batches of one batch on the model's device.
 
     The result does not depend on how a batch is cut into micro-batches or shared among ranks: each
     target counts by its weight over the weight of all. is_code: (V,) bool. world: the processes
-    that `batches` is a part for, whose gradients are averaged; all get the same metrics. Raises
-    FloatingPointError on all of them, with the weights as they were, where the loss or its gradient
-    is not finite.
+    that `batches` is a part for, whose gradients are averaged; all get the same metrics. guard:
+    judges each step; without one a step must be finite. Raises StepLeftOut on all processes, with
+    the weights as they were.
     """
     world = world or alone()
     batches = [weighed(batch, config.code_weight, is_code) for batch in batches]
@@ -91,8 +93,7 @@ def train_step(
         log_z_max=float(world.largest(log_z_max)),
         n_tokens=round(float(world.mean(n_tokens.double())) * world.data_size),
     )
-    if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-        raise FloatingPointError(f"Step not taken, weight of targets {float(total)}: {metrics}")
+    (guard or Guard(GuardConfig())).judge(metrics.loss, metrics.grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

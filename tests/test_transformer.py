@@ -286,3 +286,20 @@ def test_the_forward_has_no_graph_breaks() -> None:
     model = model_of()
     explained = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(explained(ids(2, 6)), model(ids(2, 6)))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_attention_by_blocks_equals_attention_by_a_dense_mask(n_kv_heads: int) -> None:
+    from openchameleon.train.step import document_blocks, document_mask
+
+    doc_ids = torch.cat(
+        [torch.full((1, n), i) for i, n in ((1, 70), (2, 100), (3, 60), (0, 26))], 1
+    )
+    doc_ids = torch.cat([doc_ids, doc_ids.flip(1)])
+    model, row = model_of(n_kv_heads=n_kv_heads), ids(2, 256)
+    with torch.no_grad():
+        dense = model(row, mask=document_mask(doc_ids))
+        blocks = model(row, mask=document_blocks(doc_ids))
+    torch.testing.assert_close(blocks, dense, rtol=1e-4, atol=1e-4)
+    assert (dense - model(row)).abs().max() > 1e-2

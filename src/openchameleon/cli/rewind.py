@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="the folder of a run: that with `checkpoints` in it")
+    parser.add_argument(
+        "folder", type=Path, help="the folder of a run: that with `checkpoints` in it"
+    )
     parser.add_argument("--to", type=int, required=True, metavar="STEP",
                         help="the newest checkpoint of so many steps or fewer")  # fmt: skip
     parser.add_argument("--skip", type=int, default=0, metavar="N",

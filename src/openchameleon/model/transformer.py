@@ -9,7 +9,9 @@ checkpoint's.
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,12 @@ from torch import Tensor, nn
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.rope import apply_rope, rope_tables
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 OUTPUT_STD = 0.02
+
+Mask: TypeAlias = "Tensor | BlockMask | None"
 
 
 class KVCacheLike(Protocol):
@@ -67,6 +74,32 @@ class HeadNorm(nn.Module):
         return groups[first : first + max(1, len(groups) // self.n_parts)]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention of q (B, H, T, D) to k, v (B, K, S, D), H a multiple of K; (B, H, T, D).
+
+    A `BlockMask` is worked through block by block (FlexAttention), and what it leaves out costs
+    nothing: the way for long rows on a GPU. On a CPU that way has no gradient.
+    """
+    n_new, n_all = q.shape[2], k.shape[2]
+    if mask is None and n_new not in (1, n_all):
+        raise ValueError(f"{n_new} new positions over {n_all} cached ones need a mask.")
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and n_new > 1, enable_gqa=grouped
+        )
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention
+    out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return out
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with grouped keys and values, QK-norm and rotary positions."""
 
@@ -90,7 +123,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCacheLike | None,
     ) -> Tensor:
         # The number of heads is read off the projections: a tensor-parallel rank holds a part.
@@ -101,17 +134,7 @@ class Attention(nn.Module):
         k = apply_rope(self.k_normalization(k), *rope).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        n_new, n_all = q.shape[2], k.shape[2]
-        if mask is None and n_new not in (1, n_all):
-            raise ValueError(f"{n_new} new positions over {n_all} cached ones need a mask.")
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and n_new > 1,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = attend(q, k, v, mask)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 
@@ -144,7 +167,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCacheLike | None,
     ) -> Tensor:
         if self.norm_input:
@@ -175,13 +198,14 @@ class Transformer(nn.Module):
         self,
         token_ids: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCacheLike | None = None,
     ) -> Tensor:
         """What the output head reads: (B, T, C), after the final norm.
 
         token_ids: (B, T) int64. positions: (B, T) int64, counted from 0 in each sequence;
-        None means 0..T-1. mask: bool (B, 1, T, S), True where a position may be attended to;
+        None means 0..T-1. mask: bool (B, 1, T, S), True where a position may be attended to, or a
+        `BlockMask` of PyTorch's FlexAttention;
         None means causal, and with a cache is allowed for the first tokens or for one token,
         which sees all the cache returns.
         """
@@ -197,7 +221,7 @@ class Transformer(nn.Module):
         self,
         token_ids: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCacheLike | None = None,
     ) -> Tensor:
         """Float32 logits (B, T, V); arguments as in `hidden`."""

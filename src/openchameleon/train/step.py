@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from openchameleon.data.loader import Batch
-from openchameleon.model.transformer import Transformer
+from openchameleon.model.transformer import Mask, Transformer
 from openchameleon.train.guard import Guard, GuardConfig
 from openchameleon.train.losses import chunked_loss
 from openchameleon.train.optim import Optimizer
 from openchameleon.train.parallel import World, add_up_norms, alone, clip_gradients
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ def batch_loss(
     Returns the differentiable sum; detached [text cross-entropy, text weight, code cross-entropy,
     code weight]; and log Z of each position, 0 where nothing is learned.
     """
-    mask = document_mask(batch.doc_ids) if config.mask_documents else None
+    mask = attention_mask(batch.doc_ids) if config.mask_documents else None
     hidden = model.hidden(batch.inputs, batch.positions, mask)
     targets, weights = batch.targets.flatten(), batch.loss_weights.flatten()
     sums = chunked_loss(
@@ -138,3 +142,20 @@ def document_mask(doc_ids: Tensor) -> Tensor | None:
         return None
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
     return same.tril()
+
+
+def attention_mask(doc_ids: Tensor) -> Mask:
+    """`document_mask` in the form that is fastest where `doc_ids` is."""
+    mask = document_mask(doc_ids)
+    return mask if mask is None or not doc_ids.is_cuda else document_blocks(doc_ids)
+
+
+def document_blocks(doc_ids: Tensor) -> BlockMask:
+    """`document_mask` as the blocks that FlexAttention works through."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (doc_ids[b, q] == doc_ids[b, k]) & (k <= q)
+
+    rows, length = doc_ids.shape
+    return create_block_mask(may_see, rows, None, length, length, device=doc_ids.device)

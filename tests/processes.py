@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from openchameleon.train.parallel import (
     ParallelConfig,
     World,
     init_weights,
+    local,
     spread,
     whole,
     world_of_torchrun,
@@ -48,10 +50,13 @@ class Watched(RowLoader):
         super().__init__(*args)
         self.seen: dict[int, list[Any]] = {}
         self.spoiled, self.rank_spoiled = spoiled, rank_spoiled
+        self.before_step: Callable[[int], None] | None = None
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         batch = super().batch(step, rank, world)
         self.seen[step] = self.sample_ids(step, rank, world)
+        if self.before_step:
+            self.before_step(step)
         if step in self.spoiled and rank == self.rank_spoiled:
             return dataclasses.replace(batch, loss_weights=batch.loss_weights * float("nan"))
         return batch
@@ -69,6 +74,14 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
     spoiled, rank = job.get("spoiled", []), job.get("rank_spoiled", 0)
     rows = {"all": (run.parent / "rows", 1.0)}
     loader = Watched(rows, config.batch_size, config.seed, spoiled=spoiled, rank_spoiled=rank)
+
+    def flip_a_bit(step: int) -> None:
+        if step == job["flip"]["step"] and world.rank == job["flip"]["rank"]:
+            held = local(model.get_parameter(job["flip"]["name"]).detach()).view(torch.int32)
+            held.flatten()[3] ^= 1 << 12
+
+    if "flip" in job:
+        loader.before_step = flip_a_bit
     is_code = torch.zeros(VOCAB.size, dtype=torch.bool)
     is_code[VOCAB.image.first_id : VOCAB.image.stop_id] = True
     sentence = ""

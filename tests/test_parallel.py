@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"processes": 2},
     "divided": {"processes": 2, "parallel": {"tensor": 2}},
     "both": {"processes": 4, "parallel": {"tensor": 2}},
+    "copied": {"processes": 4, "parallel": {"replicate": 2}},
     "in parts": {"processes": 2, "parallel": {"checkpoint_layers": True},
                  "train": {"micro_batch_size": 1}},
     "tied": {"processes": 4, "parallel": {"tensor": 2},
@@ -32,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tied, alone": {"processes": 1,
                     "shape": {"tie_embeddings": True, "qk_norm_groups": 1, "n_kv_heads": 2}},
 }  # fmt: skip
+FLIPPED = {"a bit of a copy": {"replicate": 2}, "a bit beside divided layers": {"tensor": 2}}
 RESUMED = {"1 to 2": (1, 2), "2 to 1": (2, 1), "2 to 4": (2, 4), "4 to 2": (4, 2)}
 
 
@@ -81,6 +83,9 @@ def seen(folder: Path) -> dict[str, dict[str, Any]]:
     for name, (before, after) in RESUMED.items():
         layout = two_by_two if after == 4 else {"processes": after}
         jobs[name] = {**layout, "copy_of": str(folder / f"half of {before}")}
+    flip = {"step": 5, "rank": 1, "name": "norm.weight"}
+    for name, parallel in FLIPPED.items():
+        jobs[name] = {"processes": 2, "parallel": parallel, "flip": flip}
     jobs["spoiled once"] = {"processes": 2, "spoiled": [3], "rank_spoiled": 1}
     jobs["spoiled"] = {"processes": 2, "spoiled": [5, 6, 7], "rank_spoiled": 1}
     return run_jobs(folder, jobs)
@@ -99,7 +104,7 @@ def samples(job: dict[str, Any]) -> dict[str, list[Any]]:
     return joined
 
 
-@pytest.mark.parametrize("name", ["shared", "divided", "both", "in parts"])
+@pytest.mark.parametrize("name", ["shared", "divided", "both", "copied", "in parts"])
 def test_many_processes_learn_what_one_does(name: str, seen: dict[str, dict[str, Any]]) -> None:
     assert len(losses(seen[name])) == 12
     assert losses(seen[name]) == pytest.approx(losses(seen["alone"]), rel=1e-5)
@@ -127,7 +132,7 @@ def test_a_run_goes_on_with_another_number_of_processes(name: str, seen: dict[st
 
 def test_every_number_of_processes_sees_the_same_samples(seen: dict[str, Any]) -> None:
     whole = samples(seen["alone"])
-    for name in ("shared", "both", "in parts"):
+    for name in ("shared", "both", "copied", "in parts"):
         assert samples(seen[name]) == whole
 
 
@@ -183,3 +188,14 @@ def test_three_spoiled_steps_in_a_row_end_the_run_with_a_checkpoint(seen: dict[s
     for rank in job["ranks"]:
         assert "3 steps in a row were not finite" in rank["sentence"]
         assert "step-00000008" in rank["sentence"]
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_a_bit_that_flips_on_one_process_ends_the_run_and_is_named(
+    name: str, seen: dict[str, Any]
+) -> None:
+    for rank in seen[name]["ranks"]:
+        assert re.search(r"Processes 0 and 1 hold different numbers in \S+,", rank["sentence"])
+        if name == "a bit of a copy":  # whose gradients are the mean of both copies' again
+            assert "in norm.weight," in rank["sentence"]
+    assert seen[name]["lines"][-1]["step"] == 5

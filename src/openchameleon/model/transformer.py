@@ -90,7 +90,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         )
     from torch.nn.attention.flex_attention import flex_attention
 
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention
+    flex: Any = flex_attention
+    if q.is_cuda:
+        flex = _compiled(flex)
     out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return out
 

@@ -37,7 +37,7 @@ from openchameleon.train.checkpoint import (
 from openchameleon.train.guard import Guard, GuardConfig, StepLeftOut
 from openchameleon.train.metrics import SCORE, MetricsLog
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
-from openchameleon.train.parallel import World, alone
+from openchameleon.train.parallel import World, alone, compare_copies
 from openchameleon.train.rewind import CHECKPOINTS, skipped_steps
 from openchameleon.train.run_folder import (
     claim,
@@ -254,6 +254,7 @@ class _Run:
         values = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None}
         speed = self.n_tokens / self.busy
         if self.is_due(self.config.log_every):
+            compare_copies(self.model, self.world)
             self.note(values | {"lr": lr, "tokens_per_s": round(speed, 1)})
             self.busy, self.n_tokens = 0.0, 0
         losses = [f"{k} {values[k]:.3f}" for k in ("text_loss", "code_loss") if k in values]

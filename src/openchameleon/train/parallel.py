@@ -6,6 +6,7 @@ applied to a model from outside, in one order, by `spread`; alone, the same call
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from openchameleon.errors import UserError
+from openchameleon.errors import Diverged, UserError
 from openchameleon.model.transformer import HeadNorm, Transformer, initial_weight
 
 if TYPE_CHECKING:
@@ -30,17 +31,21 @@ class ParallelConfig:
     """How a run uses its processes; none of it changes what is learned, but for the last digits.
 
     tensor: processes that compute each layer together, each a part of the heads and of the
-    feed-forward's width; all others share the rows of a batch, and the weights (FSDP2).
+    feed-forward's width. replicate: copies of the weights. All others share a copy (FSDP2). Copies
+    and sharers have each a part of the rows of a batch.
     checkpoint_layers: keep the input of each layer only, and compute the rest again for the
     gradient.
     """
 
     tensor: int = 1
+    replicate: int = 1
     checkpoint_layers: bool = False
 
     def __post_init__(self) -> None:
-        if self.tensor < 1:
-            raise ValueError(f"tensor = {self.tensor} must be at least 1.")
+        if self.tensor < 1 or self.replicate < 1:
+            raise ValueError(
+                f"tensor = {self.tensor} and replicate = {self.replicate} must be at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -61,36 +66,47 @@ class World:
         """Whether this process speaks, logs and renames for all."""
         return self.rank == 0
 
+    def rank_in(self, *dims: str) -> int:
+        """This process's number along these dimensions of the mesh, the last running fastest."""
+        number = 0
+        for dim in dims:
+            own = self.mesh[dim].get_local_rank() if self.mesh else 0
+            number = number * self.size_of(dim) + own
+        return number
+
+    def size_of(self, *dims: str) -> int:
+        """How many processes there are along these dimensions."""
+        return math.prod(self.mesh[dim].size() for dim in dims) if self.mesh else 1
+
     @property
     def data_rank(self) -> int:
-        return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
+        return self.rank_in("replicate", "shard")
 
     @property
     def data_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh["data"].size()
+        return self.size_of("replicate", "shard")
 
     @property
     def tensor_rank(self) -> int:
-        return 0 if self.mesh is None else self.mesh["tensor"].get_local_rank()
+        return self.rank_in("tensor")
 
     @property
     def tensor_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh["tensor"].size()
+        return self.size_of("tensor")
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the parts of a batch: the same on all processes."""
-        return self._over_data(value, torch.distributed.ReduceOp.SUM) / self.data_size
+        return self._over_data(value, "SUM") / self.data_size
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest over the parts of a batch."""
-        return self._over_data(value, torch.distributed.ReduceOp.MAX)
+        return self._over_data(value, "MAX")
 
-    def _over_data(self, value: Tensor, op: Any) -> Tensor:
-        if self.data_size == 1:
-            return value
-        assert self.mesh is not None
-        value = value.clone()
-        torch.distributed.all_reduce(value, op, self.mesh["data"].get_group())
+    def _over_data(self, value: Tensor, op: str) -> Tensor:
+        for dim in ("replicate", "shard"):
+            if self.mesh and self.size_of(dim) > 1:
+                value, group = value.clone(), self.mesh[dim].get_group()
+                torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, op), group)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -131,10 +147,11 @@ def world_of_torchrun(config: ParallelConfig) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu")
-    if size % config.tensor:
+    copies = config.replicate * config.tensor
+    if size % copies:
         raise UserError(
-            f"parallel.tensor = {config.tensor} does not divide the {size} processes; torchrun's"
-            " --nproc-per-node times its --nnodes is their number."
+            f"parallel.replicate * parallel.tensor = {copies} does not divide the {size} processes;"
+            " torchrun's --nproc-per-node times its --nnodes is their number."
         )
     if size == 1:
         yield alone(device)
@@ -146,7 +163,9 @@ def world_of_torchrun(config: ParallelConfig) -> Iterator[World]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
         mesh = init_device_mesh(
-            device.type, (size // config.tensor, config.tensor), mesh_dim_names=("data", "tensor")
+            device.type,
+            (config.replicate, size // copies, config.tensor),
+            mesh_dim_names=("replicate", "shard", "tensor"),
         )
         yield World(device, torch.distributed.get_rank(), size, mesh)
     finally:
@@ -229,8 +248,10 @@ def _shard(model: Transformer, world: World, dtype: str) -> None:
     assert world.mesh is not None
     half = torch.bfloat16 if dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    copies = world.size_of("replicate") > 1
+    mesh = world.mesh["replicate", "shard"] if copies else world.mesh["shard"]
     for part in (*model.layers, model):
-        fully_shard(part, mesh=world.mesh["data"], mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     # The loss asks for `hidden`, and then for the output head, which the root keeps unsharded.
     register_fsdp_forward_method(model, "hidden")
 
@@ -245,6 +266,39 @@ def add_up_norms(model: Transformer, world: World) -> None:
         for parameter in norm.parameters():
             if parameter.grad is not None:
                 torch.distributed.all_reduce(local(parameter.grad), group=group)
+
+
+def compare_copies(model: Transformer, world: World) -> None:
+    """Raises Diverged where processes that must hold the same numbers do not: a machine's fault.
+
+    Compared are the copies of `replicate`, and what the processes of `tensor` do not divide.
+    """
+    if world.mesh is None:
+        return
+    parameters = dict(model.named_parameters())
+    sums = [local(p.detach()).view(torch.int32).sum(dtype=torch.int64) for p in parameters.values()]
+    mine = torch.stack(sums)
+    of_all = [torch.empty_like(mine) for _ in range(world.size)]
+    torch.distributed.all_gather(of_all, mine)
+    ranks = world.mesh.mesh.cpu()  # (replicate, shard, tensor)
+    table = torch.stack(of_all).cpu()[ranks]
+    undivided = torch.tensor(["tensor" not in _mesh_dims(p) for p in parameters.values()])
+    for dim, differs in (
+        (0, table != table[:1]),
+        (2, (table != table[:, :, :1]) & undivided),
+    ):
+        for *place, index in differs.nonzero().tolist():
+            first = [0 if i == dim else n for i, n in enumerate(place)]
+            raise Diverged(
+                f"Processes {int(ranks[*first])} and {int(ranks[*place])} hold different numbers in"
+                f" {list(parameters)[index]}, which should be copies: a machine has computed or"
+                " stored something wrongly. Go on from the last checkpoint without it."
+            )
+
+
+def _mesh_dims(tensor: Any) -> tuple[str, ...]:
+    mesh = getattr(tensor, "device_mesh", None)
+    return (mesh.mesh_dim_names or ()) if mesh is not None else ()
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:

@@ -37,18 +37,21 @@ class PhasedLoader:
         if self._begins[:1] != [0] or self._begins != sorted(set(self._begins)):
             raise ValueError(f"phases begin at {self._begins}: the first at 0, each after the last")
         self.batch_size = batch_size
-        rows = {name: Rows.open(folder) for name, folder in streams.items()}
-        require_alike(rows)
-        self.row_len = next(iter(rows.values())).row_len
+        self.rows = {name: Rows.open(folder) for name, folder in streams.items()}
+        require_alike(self.rows)
         self._loaders: list[RowLoader] = []
         self._used: list[dict[str, int]] = []  # rows of each stream, when each phase begins
         used = dict.fromkeys(streams, 0)
         for phase, end in zip(phases, [*self._begins[1:], self._begins[-1]], strict=True):
-            mixture = {name: (rows[name], weight) for name, weight in phase.weights.items()}
+            mixture = {name: (self.rows[name], weight) for name, weight in phase.weights.items()}
             loader = RowLoader(mixture, batch_size, seed, start=used)
             self._loaders.append(loader)
             self._used.append(used)
             used = used | loader.rows_used(end - phase.begin)
+
+    @property
+    def row_len(self) -> int:
+        return self._loaders[0].row_len
 
     def describe(self) -> dict[str, object]:
         """What the order of samples depends on, as JSON data: each phase by its first step."""

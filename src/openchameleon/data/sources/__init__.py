@@ -6,12 +6,12 @@ for each kind of them says how it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openchameleon.data.sources import folder, jsonl
+from openchameleon.data.sources import folder, jsonl, parquet, webdataset
 from openchameleon.data.sources.bad import BadRecords
 from openchameleon.data.sources.entry import Entry, Pairs, to_the_break
 from openchameleon.data.sources.location import is_file, is_folder, names_below, stamp
@@ -19,9 +19,15 @@ from openchameleon.document import Record
 from openchameleon.errors import UserError
 
 RECORDS = "records.jsonl"
-Kind = Literal["folder", "jsonl"]
-FILES = {"jsonl": jsonl.entries}
-"""Kind -> `(location, pairs)` to the entries of a file, for those where a file is a shard."""
+Kind = Literal["folder", "jsonl", "webdataset", "parquet"]
+FILES: dict[Kind, tuple[Callable[[str, Pairs], Iterator[Entry]], tuple[str, ...]]] = {
+    "jsonl": (jsonl.entries, (".jsonl",)),
+    "webdataset": (webdataset.entries, (".tar", ".tar.gz", ".tgz")),
+    "parquet": (parquet.entries, (".parquet",)),
+}
+"""Kind -> what reads a file of it, and how its name ends; a folder's files are read together."""
+TABLES: tuple[Kind, ...] = ("webdataset", "parquet")
+"""Kinds that a folder is of where it has such a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +45,55 @@ class Shard:
         return [[name, *stamp(f"{self.location}/{name}")] for name in self.names]
 
 
-def shards_of(location: str, files_a_shard: int = 1000) -> list[Shard]:
-    """The shards of a source in their order. UserError where there is nothing to read."""
+def shards_of(location: str, kind: Kind | None = None, files_a_shard: int = 1000) -> list[Shard]:
+    """The shards of a source in their order. UserError where there is nothing to read.
+
+    kind: what the source is; by default what its name, or what lies in the folder itself, says.
+    files_a_shard: how many files of a plain folder are read as one.
+    """
+    location = location.rstrip("/") or "/"
     if is_file(location):
-        parent, _, name = location.rpartition("/")
-        if folder.suffix(name) in folder.RECORD_SUFFIXES:
-            return [Shard("folder", parent or ".", (name,))]
-        return [Shard("jsonl", location)]
+        return [_file_shard(location, kind or _kind_of(location))]
     if not is_folder(location):
         raise UserError(f"There is no folder or file {location}.")
-    if is_file(f"{location}/{RECORDS}"):
+    if kind in (None, "jsonl") and is_file(f"{location}/{RECORDS}"):
         return [Shard("jsonl", f"{location}/{RECORDS}")]
-    names = folder.record_names(location)
+    below = names_below(location)
+    found = kind or _kind_of_folder(below)
+    if found == "folder":
+        return _folder_shards(location, below, files_a_shard)
+    ends = FILES[found][1]
+    names = [name for name in below if name.lower().endswith(ends)]
+    if not names:
+        raise UserError(f"{location} holds no {' or '.join(ends)} files.")
+    return [Shard(found, f"{location}/{name}") for name in names]
+
+
+def _file_shard(location: str, kind: Kind) -> Shard:
+    if kind == "folder":
+        parent, slash, name = location.rpartition("/")
+        return Shard("folder", parent or slash or ".", (name,))
+    return Shard(kind, location)
+
+
+def _kind_of(name: str) -> Kind:
+    """What a file is by its name; one that says nothing is JSON lines."""
+    if folder.suffix(name) in folder.RECORD_SUFFIXES:
+        return "folder"
+    for kind in TABLES:
+        if name.lower().endswith(FILES[kind][1]):
+            return kind
+    return "jsonl"
+
+
+def _kind_of_folder(below: list[str]) -> Kind:
+    """Tables lie side by side in the folder itself; a tar deep in a tree of sources is none."""
+    kinds = (_kind_of(name) for name in below if "/" not in name)
+    return next((kind for kind in kinds if kind in TABLES), "folder")
+
+
+def _folder_shards(location: str, below: list[str], files_a_shard: int) -> list[Shard]:
+    names = folder.record_names(below)
     if not names:
         raise UserError(
             f"{location} holds neither {RECORDS} nor pictures, texts or code"
@@ -64,7 +107,7 @@ def entries(shard: Shard, pairs: Pairs) -> Iterator[Entry]:
     """The records of a shard, not read yet; where a file breaks off, the last one says so."""
     if shard.kind == "folder":
         return folder.entries(shard.location, shard.names, pairs)
-    return to_the_break(shard.location, FILES[shard.kind](shard.location, pairs))
+    return to_the_break(shard.location, FILES[shard.kind][0](shard.location, pairs))
 
 
 def read_records(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from openchameleon.data.sources.entry import Entry, Pairs, decoded, pair
-from openchameleon.data.sources.location import names_below, opened, picture_at
+from openchameleon.data.sources.location import opened, picture_at
 from openchameleon.document import Document, Record, Text
 from openchameleon.image_io import SUFFIXES
 
@@ -24,9 +24,9 @@ RECORD_SUFFIXES = SUFFIXES | TEXT_SUFFIXES | CODE_SUFFIXES
 """How the names of the files end that a plain folder is read for."""
 
 
-def record_names(folder: str) -> list[str]:
-    """The files under a folder that are records: all that are read, but for captions."""
-    names = [name for name in names_below(folder) if suffix(name) in RECORD_SUFFIXES]
+def record_names(files: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are records: all that are read, but for captions."""
+    names = [name for name in files if suffix(name) in RECORD_SUFFIXES]
     captions = {_caption_of(name) for name in names if suffix(name) in SUFFIXES}
     return [name for name in names if name not in captions]
 

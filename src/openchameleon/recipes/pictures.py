@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openchameleon.data.sources import file_stamps, read_records
+from openchameleon.data.sources import data_files, file_stamps, read_records
 from openchameleon.document import Record, Text, documents_of
 from openchameleon.errors import UserError
-from openchameleon.image_io import SUFFIXES, square
+from openchameleon.image_io import square
 from openchameleon.recipes.config import STAGES, Recipe, StageConfig
 from openchameleon.tokenizer.mixed import fitted
 from openchameleon.train.image_tokenizer import Pictures
@@ -30,19 +30,17 @@ from openchameleon.world.sample import (
 from openchameleon.world.splits import WORLD_VERSION, dense_scene
 
 NAME_REPEATS = 60
-DATA_SUFFIXES = SUFFIXES | {".txt", ".jsonl"}
 
 
 def fingerprint(recipe: Recipe) -> list[object]:
     """Changes with what there is to learn from: the world's scenes, or a folder's files.
 
-    Of a folder's, those with pictures, captions and records count, by name, size and time.
+    Of a folder's, those that are read as data count, by name, size and time.
     """
     if not recipe.data:
         return [recipe.world, WORLD_VERSION]
     folder = data_folder(recipe.data)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in DATA_SUFFIXES)
-    return file_stamps(files, folder)
+    return file_stamps(data_files(folder), folder)
 
 
 def data_folder(data: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from openchameleon.recipes.config import Pretraining, Recipe
 
-RECIPES = ("nano", "small", "debug_cpu", "pretrain_7b", "pretrain_34b")
+RECIPES = ("nano", "small", "files", "debug_cpu", "pretrain_7b", "pretrain_34b")
 """The recipes shipped with the package, by name; each is the module of that name."""
 
 

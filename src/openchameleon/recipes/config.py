@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from openchameleon.data.phases import Phase
-from openchameleon.errors import nearest
+from openchameleon.data.sources.bad import BadPolicy
+from openchameleon.errors import UserError, nearest
 from openchameleon.inference.params import SamplingParams
 from openchameleon.model.config import ModelConfig
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
-from openchameleon.world.atlas import PRESETS
+from openchameleon.world.atlas import PRESETS, WorldPreset
 from openchameleon.world.tasks import TASKS
 
 STAGES = ("bind", "pretrain", "tune")
@@ -53,37 +54,50 @@ class StageConfig:
 class Recipe:
     """A whole training, tokenizers included.
 
-    world: the preset that samples come from; `data`: a folder of records or of captioned pictures
-    used in its place, for every stage. foreign_pictures: share of the image tokenizer's pictures
+    world: the preset that samples come from; `data`: a folder of records, or of pictures, texts and
+    code, used in its place, for every stage; one of the two must be given. bad: what becomes of
+    records in `data` that cannot be used. foreign_pictures: share of the image tokenizer's pictures
     drawn by other means. row_len: tokens in a packed row. bind: a first, short stage on the densest
-    mixture, in which names bind to codes (docs/LOG.md), if there is one. picture_first: the only
-    picture of a user's turn is read before its words, in training and in the model that is made.
+    mixture, in which names bind to codes (docs/LOG.md), if there is one; tune: a last one, if there
+    is one. picture_first: the only picture of a user's turn is read before its words, in training
+    and in the model that is made.
     """
 
     name: str
-    world: str
+    world: str | None
     text: TextConfig
     vq: VQConfig
     vq_train: VQTrainConfig
     model: ModelConfig
     pretrain: StageConfig
-    tune: StageConfig
     row_len: int
     bind: StageConfig | None = None
+    tune: StageConfig | None = None
     seed: int = 0
     data: str | None = None
+    bad: BadPolicy = field(default_factory=BadPolicy)
     foreign_pictures: float = 0.2
     workers: int = 2
     picture_first: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        if self.world not in PRESETS:
+        if self.world is not None and self.world not in PRESETS:
             raise ValueError(f"world = {self.world!r} is not one of {', '.join(PRESETS)}.")
         for name, stage in self.stages().items():
             for task in stage.mixture:
                 if task not in TASKS:
                     raise ValueError(f"{name}.mixture: no task {task!r}.{nearest(task, TASKS)}")
+
+    @property
+    def preset(self) -> WorldPreset:
+        """The world that samples come from, where there is no data."""
+        if self.world is None:
+            raise UserError(
+                f"The recipe {self.name!r} learns from files of yours: give their folder as"
+                " data=FOLDER."
+            )
+        return PRESETS[self.world]
 
     def stages(self) -> dict[str, StageConfig]:
         """The runs that there are, by name, in their order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import Tensor
 from openchameleon.config import config_hash, to_dict
 from openchameleon.data.loader import RowLoader
 from openchameleon.data.prepare import prepare
+from openchameleon.data.sources.bad import BadRecords
 from openchameleon.errors import UserError
 from openchameleon.evaluation.world import quick_scores
 from openchameleon.model.config import ModelConfig
@@ -32,6 +34,7 @@ from openchameleon.progress import track
 from openchameleon.recipes import pictures
 from openchameleon.recipes.config import Recipe, StageConfig
 from openchameleon.recipes.marks import is_done, make_once, mark_of
+from openchameleon.recipes.sample import write_sample
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.mixed import MixedTokenizer
 from openchameleon.tokenizer.text import load_text_tokenizer, train_text_tokenizer
@@ -43,7 +46,7 @@ from openchameleon.train.run_folder import locked
 from openchameleon.vocab import Vocab
 from openchameleon.world.sample import MIXTURE, TEXTS_VERSION
 
-TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
+TEXT, IMAGE, MODEL, SAMPLE = "tokenizer.model", "image_tokenizer", "model", "sample"
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Path:
@@ -76,7 +79,11 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     tokenizer = load_tokenizer(recipe, out)
     model = Transformer(model_config(recipe))
     load_weights(model, before)
-    Chameleon(folder_config(recipe), model, tokenizer).save(out / MODEL, dtype="bfloat16")
+    chameleon = Chameleon(folder_config(recipe), model, tokenizer)
+    chameleon.save(out / MODEL, dtype="bfloat16")
+    if recipe.data:
+        shown, mark = pictures.named(recipe), checkpoint_hash(before)
+        make_once(out / SAMPLE, mark, lambda: write_sample(chameleon, shown, out / SAMPLE))
     return out / MODEL
 
 
@@ -207,7 +214,15 @@ def prepare_shard(
             pictures.write_shard(recipe, name, stage, shard, source)
             mark_of(source).write_text(made_by)
     tokenizer = load_tokenizer(recipe, out)
-    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only)
+    listing = rows.with_name(f"{rows.name}.bad.jsonl")
+    listing.unlink(missing_ok=True)
+    bad = BadRecords(recipe.bad, str(source), listing)
+    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only, bad=bad)
+    if bad.n_bad:
+        print(
+            f"{source}: {bad.n_bad} of {bad.n_records} records are left out, see {listing}",
+            file=sys.stderr,
+        )
     mark_of(rows).write_text(mark)
     return rows
 
@@ -246,7 +261,7 @@ def _hooks(recipe: Recipe, out: Path) -> dict[str, Callable[[Transformer, int], 
     config, tokenizer = folder_config(recipe), load_tokenizer(recipe, out)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
-        return quick_scores(Chameleon(config, model, tokenizer), recipe.world)
+        return quick_scores(Chameleon(config, model, tokenizer), recipe.preset.name)
 
     return {"world": score}
 

@@ -17,6 +17,7 @@ from openchameleon.data.loader import RowLoader, make_batch, permuted
 from openchameleon.data.pack import Encoded, Rows, pack, save_manifest, write_rows
 from openchameleon.data.prepare import prepare
 from openchameleon.data.sources import count_records, read_records
+from openchameleon.data.sources.bad import FEW, BadPolicy, BadRecords
 from openchameleon.document import Conversation, Document, Image, Record, Text, documents_of
 from openchameleon.errors import UserError
 from openchameleon.vocab import Vocab
@@ -140,7 +141,7 @@ def test_captioned_pictures_are_conversations_in_both_directions(tmp_path: Path)
 
 def test_bytes_that_are_no_text_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_bytes(b'{"segments": [{"text": "\xff"}]}')
-    with pytest.raises(UserError, match=r"records\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"records\.jsonl:1: not UTF-8"):
         list(read_records(tmp_path))
 
 
@@ -150,11 +151,69 @@ def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
         list(read_records(tmp_path))
 
 
+def test_a_plain_folder_is_pictures_with_captions_texts_and_code_in_order(tmp_path: Path) -> None:
+    for name in ("b.py", "a.md", "sub/c.rst", "sub/note.txt", ".hidden.py", ".git/x.py", "d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    picture(tmp_path / "sub/cat.PNG")
+    (tmp_path / "sub/cat.txt").write_text("A cat.")
+    texts = ["".join(d.text for d in documents_of(record)) for record in read_records(tmp_path)]
+    assert texts == [
+        "text of a.md",
+        "text of b.py",
+        "text of sub/c.rst",
+        "A cat.",
+        "text of sub/note.txt",
+    ]
+    assert count_records(tmp_path) == 5
+    kinds = [type(record) for record in read_records(tmp_path)]
+    assert kinds == [Document, Document, Document, Conversation, Document]
+    (one,) = read_records(tmp_path / "b.py")
+    assert isinstance(one, Document)
+    assert one.text == "text of b.py"
+
+
+def test_files_that_are_empty_or_no_text_are_bad_records(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"")
+    (tmp_path / "b.py").write_bytes(b"# caf\xe9")
+    (tmp_path / "c.py").write_text("x = 1")
+    with pytest.raises(UserError, match=r"a\.py: empty"):
+        list(read_records(tmp_path))
+    (tmp_path / "a.py").write_text("y = 2")
+    with pytest.raises(UserError, match=r"b\.py: not UTF-8 text"):
+        list(read_records(tmp_path))
+
+
+def test_bad_records_are_skipped_listed_and_leave_the_order(tmp_path: Path) -> None:
+    lines = [json.dumps({"segments": [{"text": str(i)}]}) for i in range(50)]
+    good = [line for i, line in enumerate(lines) if i not in (7, 8, 30)]
+    lines[7], lines[8], lines[30] = "{", '{"segments": [{"image": "absent.png"}]}', "\x00"
+    source = tmp_path / "mine.jsonl"
+    source.write_text("\n".join(lines))
+    bad = BadRecords(BadPolicy("skip"), "mine", tmp_path / "bad.jsonl")
+    texts = [r.text for r in read_records(source, bad=bad) if isinstance(r, Document)]
+    assert texts == [json.loads(line)["segments"][0]["text"] for line in good]
+    assert (bad.n_records, bad.n_bad) == (50, 3)
+    listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in listed] == [f"{source}:{n}" for n in (8, 9, 31)]
+    assert {line["shard"] for line in listed} == {"mine"}
+    assert "absent.png" in listed[1]["reason"]
+
+
+def test_more_bad_records_than_the_limit_stop_the_reading(tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text('{"segments": []}\n' * 100 + "{\n" * (FEW + 1))
+    with pytest.raises(UserError, match=rf"{FEW + 1} of the first 111 records .* limit of 0.10%"):
+        list(read_records(source, bad=BadRecords(BadPolicy("skip"))))
+    generous = BadRecords(BadPolicy("skip", limit=0.2))
+    assert len(list(read_records(source, bad=generous))) == 100
+
+
 def test_an_absent_or_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder or file"):
         read_records(tmp_path / "x")
-    with pytest.raises(UserError, match=r"neither records\.jsonl nor pictures"):
-        next(read_records(tmp_path))
+    with pytest.raises(UserError, match=r"neither records\.jsonl nor pictures, texts"):
+        read_records(tmp_path)
 
 
 # packing
@@ -270,9 +329,18 @@ def test_only_answers_are_learned_unless_told_otherwise(tmp_path: Path) -> None:
     assert everything["n_learned_tokens"] == 6
 
 
-def test_a_long_record_or_none_is_an_error(tmp_path: Path) -> None:
-    records = [Document(["a" * n]) for n in (3, 30, 4)]
-    with pytest.raises(UserError, match="Document 2 has 32 tokens"):
+def test_a_long_text_is_cut_and_loses_no_token(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(28))
+    manifest = prepare([Document([text])], Letters(), tmp_path / "a", 10)
+    assert (manifest["n_documents"], manifest["n_tokens"]) == (3, 30)
+    tokens = Rows.open(tmp_path / "a").tokens.flatten().tolist()
+    assert tokens == [0, *(VOCAB.text_start + ord(c) for c in text), 2]
+
+
+def test_a_long_record_with_a_picture_or_none_is_an_error(tmp_path: Path) -> None:
+    red = Image(PIL.Image.new("RGB", (4, 4), "red"))
+    records = [Document(["a" * n, red]) for n in (2, 30)]
+    with pytest.raises(UserError, match="Record 2 has 38 tokens, a row 10"):
         prepare(records, Letters(), tmp_path / "a", 10)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="nothing to prepare"):

@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if "--traceback" in arguments:
             raise
-        print(f"openchameleon: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of a run, one speaks
+            print(f"openchameleon: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
         print(f"openchameleon: {stopped}", file=sys.stderr)

@@ -1,12 +1,16 @@
 """Runs a training recipe: a name such as nano, or a recipe file, with `key.sub=value` changes.
 
-A run that was cut off goes on from its last checkpoint when the same command is given again.
+A run that was cut off goes on from its last checkpoint when the same command is given again. A
+pretraining also runs in many processes, on one machine or several:
+
+  torchrun --nproc-per-node 8 -m openchameleon.cli.main train pretrain_7b ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from openchameleon.config import override, to_dict
@@ -31,5 +35,10 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(to_dict(recipe), indent=2))
         return 0
     model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
+    if os.environ.get("RANK", "0") != "0":  # of the processes of a run, one speaks
+        return 0
+    sample = model.with_name("sample") / "sample.md"
+    if sample.is_file():
+        print(f"What it writes is in {sample}.")
     print(f"The model is in {model}; `openchameleon generate ... --model {model}` uses it.")
     return 0

@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.config import to_dict
-from openchameleon.data.loader import RowLoader
+from openchameleon.data.loader import Loader
 from openchameleon.errors import Diverged, Stopped
 from openchameleon.model.transformer import Transformer
 from openchameleon.progress import Progress
@@ -42,7 +42,6 @@ from openchameleon.train.rewind import CHECKPOINTS, skipped_steps
 from openchameleon.train.run_folder import (
     claim,
     environment,
-    locked,
     stop_signals,
     stopped_text,
     warn_if_elsewhere,
@@ -95,7 +94,7 @@ _FREE = {"threads", "log_every", "save_every", "eval_every", "keep"}
 
 def fit(
     model: Transformer,
-    loader: RowLoader,
+    loader: Loader,
     config: TrainConfig,
     optim: OptimConfig,
     run_folder: Path,
@@ -124,7 +123,7 @@ def fit(
         torch.set_num_threads(config.threads)
     last = config.steps if stop_at is None else min(config.steps, stop_at)
     with (
-        _held(run_folder, world),
+        world.locked(run_folder),
         stop_signals() as received,
         _as_configured(model, config) if world.size == 1 else nullcontext(),
     ):
@@ -153,7 +152,7 @@ class _Run:
     def __init__(
         self,
         model: Transformer,
-        loader: RowLoader,
+        loader: Loader,
         config: TrainConfig,
         optim: OptimConfig,
         folder: Path,
@@ -331,16 +330,8 @@ class _Run:
             self.log.close()
 
 
-@contextmanager
-def _held(folder: Path, world: World) -> Iterator[None]:
-    """The folder locked by the main process, for all."""
-    with ExitStack() as stack:
-        world.agree(lambda: stack.enter_context(locked(folder)))
-        yield
-
-
 def _identity(
-    model: Transformer, loader: RowLoader, config: TrainConfig, optim: OptimConfig
+    model: Transformer, loader: Loader, config: TrainConfig, optim: OptimConfig
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed, as JSON data."""
     return {

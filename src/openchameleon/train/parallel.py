@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from openchameleon.errors import Diverged, UserError
 from openchameleon.model.transformer import HeadNorm, Transformer, initial_weight
+from openchameleon.train.run_folder import locked
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,6 +118,13 @@ class World:
         votes = torch.tensor(int(flag), device=self.device)
         torch.distributed.all_reduce(votes)
         return bool(votes)
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """`run_folder.locked` by the main process, for all."""
+        with ExitStack() as stack:
+            self.agree(lambda: stack.enter_context(locked(folder)))
+            yield
 
     def agree(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main process, on all. An error there is an error on all."""
@@ -342,8 +351,12 @@ def place_of(tensor: Any) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fills a model, spread or not, as `Transformer.init_weights` does: the same numbers."""
+def fill_weights(model: Transformer, value_of: Callable[[str, torch.Size], Tensor]) -> None:
+    """Fills the parameters of a model, spread or not, from a whole value for each name."""
     for name, parameter in model.named_parameters():
-        value = initial_weight(model.config, name, parameter.shape, seed)
-        local(parameter).copy_(value[place_of(parameter)])
+        local(parameter).copy_(value_of(name, parameter.shape)[place_of(parameter)])
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """`Transformer.init_weights` for a model that is spread: the same numbers."""
+    fill_weights(model, lambda name, shape: initial_weight(model.config, name, shape, seed))

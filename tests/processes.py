@@ -11,7 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +69,7 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
     """One process's part of a job; what it saw."""
     run = Path(job["run"])
     shape = dataclasses.replace(SHAPE, **job.get("shape", {}))
-    config = dataclasses.replace(CONFIG, save_every=4, **job.get("train", {}))
+    config = dataclasses.replace(CONFIG, **{"save_every": 4, **job.get("train", {})})
     with torch.device("meta"):
         model = Transformer(shape)
     spread(model, world, parallel).to_empty(device="cpu")
@@ -110,8 +113,8 @@ def work(job: dict[str, Any], rank: int) -> None:
         Path(f"{job['out']}.{rank}").write_text(json.dumps(saw))
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """Forks the job's processes and waits for all of them."""
+def start(job: dict[str, Any]) -> list[int]:
+    """Forks the job's processes; their numbers."""
     children = []
     for rank in range(job["processes"]):
         if (child := os.fork()) == 0:
@@ -125,11 +128,34 @@ def run_job(job: dict[str, Any]) -> None:
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    failed = [child for child in children if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+    return children
+
+
+def ended(children: list[int]) -> int:
+    """Waits for all; how many failed."""
+    return sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+def kill_after(job: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Starts the job and ends it by SIGKILL; how far it had come, and whether it was saving."""
+    children = start(job)
+    time.sleep(seconds)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    ended(children)
+    names = [path.name for path in (Path(job["run"]) / "checkpoints").glob("step-*")]
+    steps = [int(name[5:]) for name in names if ".tmp" not in name]
+    return {"step": max(steps, default=0), "saving": any(".tmp" in name for name in names)}
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """The job, killed after each of its "kills" seconds and begun again, then to its end."""
+    kills = [kill_after(job, seconds) for seconds in job.get("kills", [])]
+    failed = ended(start(job))
     ranks = [Path(f"{job['out']}.{rank}") for rank in range(job["processes"])]
     saw = [json.loads(path.read_text()) for path in ranks if path.exists()]
     lines = read_metrics(Path(job["run"]) / "metrics.jsonl")
-    result = {"failed": len(failed), "ranks": saw, "lines": lines}
+    result = {"failed": failed, "ranks": saw, "lines": lines, "kills": kills}
     Path(job["out"]).write_text(json.dumps(result))
 
 
@@ -138,8 +164,6 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         make_rows(Path(job["run"]).parent / "rows")
         if source := job.get("copy_of"):
-            import shutil
-
             shutil.copytree(source, job["run"])
         run_job(job)
 

@@ -170,39 +170,6 @@ def holds_lock(run: Path, pid: int) -> bool:
     return lock.exists() and lock.read_text().startswith(f"process {pid} ")
 
 
-@pytest.mark.slow
-def test_a_process_killed_at_twenty_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL by the clock, wherever it strikes: in a step, a save, a log line, at the start."""
-    config = dataclasses.replace(CONFIG, steps=2000, save_every=20, log_every=7)
-    whole = tmp_path / "whole" / "run"
-    train(whole, config)
-    os.symlink(whole.parent / "rows", tmp_path / "rows")
-    run = tmp_path / "run"
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_loop as t\n"
-        "import dataclasses, pathlib\n"
-        "config = dataclasses.replace(t.CONFIG, steps=2000, save_every=20, log_every=7)\n"
-        f"t.train(pathlib.Path({str(run)!r}), config)\n"
-    )
-    rng = np.random.default_rng(0)
-    reached = []
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not holds_lock(run, process.pid):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 8))  # the first step comes some seconds after the lock
-        process.kill()
-        process.wait()
-        found = sorted((run / "checkpoints").glob("step-????????"))
-        reached.append(int(found[-1].name[5:]) if found else 0)
-    assert len(set(reached)) > 5  # the kills did strike a run under way
-    train(run, config)
-    assert bits(run / "checkpoints" / "step-00002000") == bits(
-        whole / "checkpoints" / "step-00002000"
-    )
-    assert losses(run) == losses(whole)
-
-
 def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     uninterrupted: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

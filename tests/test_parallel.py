@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,9 @@ def free_port() -> int:
         return port
 
 
-def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def run_jobs(
+    folder: Path, jobs: dict[str, dict[str, Any]], timeout: int = 280
+) -> dict[str, dict[str, Any]]:
     """Name -> what the job saw."""
     listed = []
     for name, job in jobs.items():
@@ -59,7 +65,7 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[st
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
@@ -199,3 +205,62 @@ def test_a_bit_that_flips_on_one_process_ends_the_run_and_is_named(
         if name == "a bit of a copy":  # whose gradients are the mean of both copies' again
             assert "in norm.weight," in rank["sentence"]
     assert seen[name]["lines"][-1]["step"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_fifty_random_moments_ends_with_the_same_bits(
+    processes: int, tmp_path: Path
+) -> None:
+    """SIGKILL by the clock, wherever it strikes: in a step, a save, a log line, at the start."""
+    rng = random.Random(0)
+    job = {"processes": processes,
+           "train": {"steps": 4000 // processes, "save_every": 10, "log_every": 7}}  # fmt: skip
+    kills = [rng.uniform(0.3, 4.0) for _ in range(50)]
+    seen = run_jobs(tmp_path, {"whole": job, "killed": {**job, "kills": kills}}, timeout=3000)
+    where = seen["killed"]["kills"]
+    saving = sum(kill["saving"] for kill in where)
+    print(f"{processes} processes: stopped at {[k['step'] for k in where]}, {saving} while saving")
+    assert len({kill["step"] for kill in where}) > 10, "the kills struck a run under way"
+    assert saving > 0
+    last = f"checkpoints/step-{4000 // processes:08}"
+    whole, killed = (load_checkpoint(tmp_path / name / last)[0] for name in ("whole", "killed"))
+    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    for one in seen.values():
+        for line in one["lines"]:
+            line.pop("tokens_per_s")
+    assert seen["killed"]["lines"] == seen["whole"]["lines"]
+
+
+@pytest.mark.slow
+def test_where_one_process_dies_the_others_end_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "-m", "openchameleon.cli.main", "train", "debug_cpu", "train.steps=400",
+        "train.save_every=20", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out/run/metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 40):
+        time.sleep(0.1)
+    worker = next(child for child in children_of(run.pid))
+    os.kill(worker, signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    print(f"ended {time.monotonic() - killed_at:.1f} s after the kill")
+    assert run.returncode
+    assert "Signal 9 (SIGKILL)" in errors, "torchrun says which process was lost"
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 401))
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return sorted(found)

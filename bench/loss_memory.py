@@ -12,7 +12,7 @@ from torch import Tensor
 from openchameleon.train.losses import chunked_loss
 from openchameleon.train.step import LossConfig
 
-N_ROWS, DIM = 1024, 512
+N_ROWS, DIM = 4096, 512
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A training step of the nano shape, beside that of `transformers` where it is installed.
+"""A training step of two shapes, beside that of `transformers` where it is installed.
 
 Utilisation (mfu) is part of the measured rate of matrix products. All labels are text, since the
 library's loss on codes is infinite; it has the same optimizer and clipping, but no z-loss.
@@ -6,6 +6,8 @@ library's loss on codes is infinite; it has the same optimizer and clipping, but
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from common import MATMUL_OPS, Run, matmul, medians, parser, report
 
 from openchameleon.data.loader import make_batch
-from openchameleon.model.config import ModelConfig
+from openchameleon.model.config import PRESETS, ModelConfig
 from openchameleon.model.flops import train_flops_per_token
 from openchameleon.model.transformer import Transformer
 from openchameleon.recipes.nano import recipe
@@ -24,28 +26,42 @@ from openchameleon.train.step import LossConfig, train_step
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    config, vocab = model_config(recipe()), vocab_of(recipe())
-    shape = (2, 64) if args.quick else (recipe().pretrain.train.batch_size, recipe().row_len)
-    ids = np.random.default_rng(0).integers(vocab.text_start, vocab.text_stop, shape)
+    nano = recipe()
+    rows = (nano.pretrain.train.batch_size, nano.row_len)
+    first_text = vocab_of(nano).text_start
+    for name, config, shape in (
+        ("nano", model_config(nano), rows),
+        ("small", replace(PRESETS["small"], dropout=0.0), (2, 512)),
+    ):
+        ids = np.random.default_rng(0).integers(
+            first_text, config.vocab_size, (2, 64) if args.quick else shape
+        )
+        measure(name, config, ids, args.quick, args.out)
+
+
+def measure(name: str, config: ModelConfig, ids: np.ndarray, quick: bool, out: Path | None) -> None:
     runs = {"matmul": matmul()}
     runs |= {"one_document": our_step(config, ids, 1), "packed": our_step(config, ids, 8)}
+    runs["compiled"] = our_step(config, ids, 1, compiled=True)
     if step := their_step(config, ids):
         runs["transformers"] = step
-    seconds = medians(runs, 1 if args.quick else 7)
+    seconds = medians(runs, 1 if quick else 7)
     rate = MATMUL_OPS / seconds.pop("matmul")
-    ops = ids.size * train_flops_per_token(config, shape[1])
-    sizes = {"rows": shape[0], "row_len": shape[1], "vocab": config.vocab_size}
+    ops = ids.size * train_flops_per_token(config, ids.shape[1])
+    sizes = {"rows": len(ids), "row_len": ids.shape[1], "vocab": config.vocab_size}
     for case, took in seconds.items():
         speed = {"tokens_per_s": ids.size / took, "mfu": ops / took / rate}
         theirs = seconds.get("transformers")
         peer = {"times_transformers": theirs / took} if theirs else {"note": "no transformers"}
-        report(f"train_step/{case}", args.out, sizes, **speed, **peer)
+        report(f"train_step/{name}/{case}", out, sizes, **speed, **peer)
 
 
-def our_step(config: ModelConfig, ids: np.ndarray, n_documents: int) -> Run:
+def our_step(config: ModelConfig, ids: np.ndarray, n_documents: int, compiled: bool = False) -> Run:
     """Rows of `n_documents` documents of equal length, which do not see each other."""
     model, is_code = Transformer(config), torch.zeros(config.vocab_size, dtype=torch.bool)
     model.init_weights(seed=0)
+    if compiled:
+        model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, OptimConfig())
     doc_ids = np.arange(ids.shape[1]) * n_documents // ids.shape[1] + 1
     batch = make_batch(ids, np.broadcast_to(doc_ids, ids.shape), np.ones(ids.shape), pad_id=1)

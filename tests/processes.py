@@ -137,9 +137,16 @@ def ended(children: list[int]) -> int:
 
 
 def kill_after(job: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Starts the job and ends it by SIGKILL; how far it had come, and whether it was saving."""
+    """Starts the job and ends it by SIGKILL; how far it had come, and whether it was saving.
+
+    The seconds count from its first log line, those below 0 from the start.
+    """
+    log = Path(job["run"]) / "metrics.jsonl"
+    before = log.stat().st_mtime_ns if log.exists() else 0
     children = start(job)
-    time.sleep(seconds)
+    while seconds >= 0 and not (log.exists() and log.stat().st_mtime_ns > before):
+        time.sleep(0.01)
+    time.sleep(abs(seconds))
     for child in children:
         os.kill(child, signal.SIGKILL)
     ended(children)

@@ -17,7 +17,7 @@ from openchameleon.model.config import ModelConfig
 from openchameleon.model.rope import apply_rope, rope_tables
 from openchameleon.model.transformer import Transformer
 from openchameleon.recipes import nano
-from openchameleon.train.monitor import _attention_max, watched
+from openchameleon.train.monitor import ALARM, Alarm, _attention_max, watched
 from openchameleon.train.optim import OptimConfig, make_optimizer
 from openchameleon.train.step import LossConfig, document_mask, train_step
 
@@ -143,6 +143,51 @@ def test_a_step_that_fails_leaves_no_hook_and_no_number() -> None:
                    grad_clip=1.0, is_code=IS_CODE)  # fmt: skip
     assert signs == {}
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def told(values: Sequence[float], name: str = "output_norm", resumed_at: int = 0) -> list[int]:
+    """The indices at which a series is an alarm, the log of the first ones having been read."""
+    lines: list[dict[str, float | None]] = []
+    alarm, found = Alarm(), []
+    for i, value in enumerate(values):
+        if i and i == resumed_at:
+            alarm = Alarm(lines)
+        lines.append({"step": i, name: value if math.isfinite(value) else None})
+        if grown := alarm.hear({name: value}):
+            lines.append({"step": i, **{ALARM + k: v for k, v in grown.items()}})
+            found.append(i)
+    return found
+
+
+def noisy(values: Sequence[float]) -> list[float]:
+    rng = np.random.default_rng(0)
+    return [value * math.exp(rng.normal(0.0, 0.1)) for value in values]
+
+
+SOUND = noisy([10 * (1 + i) ** 0.3 for i in range(100)])
+GROWING = noisy([20.0] * 50 + [20 * 1.05**i for i in range(50)])
+
+
+def test_sustained_growth_is_an_alarm_once_and_a_sound_run_is_none() -> None:
+    assert told(SOUND) == []
+    (at,) = told(GROWING)
+    assert 55 < at < 80
+    assert told([*SOUND[:60], 900.0, 1e9, *SOUND[60:]]) == []  # two outliers are no growth
+    (at,) = told([*SOUND[:60], *[math.inf] * 5])
+    assert at == 62
+
+
+@pytest.mark.parametrize("resumed_at", [10, 60, 99])
+def test_the_alarm_is_the_same_in_a_run_that_was_resumed(resumed_at: int) -> None:
+    for values in (SOUND, GROWING, [*GROWING[:70], math.nan, *GROWING[70:]]):
+        assert told(values, resumed_at=resumed_at) == told(values)
+
+
+def test_small_logits_may_grow() -> None:
+    logits = [2.0] * 30 + [40.0] * 30
+    assert told(logits, "attention_logit_max") == []
+    assert told([10 * x for x in logits], "attention_logit_max") == [32]
+    assert told([-10 * x for x in logits], "log_z") == [32]  # a drift downwards is one too
 
 
 @pytest.mark.parametrize(

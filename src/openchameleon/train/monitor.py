@@ -42,7 +42,7 @@ class Alarm:
     what rises in proportion to the steps or faster is. One outlier, or two, are nothing.
     """
 
-    RECENT, FIRST, GROWTH = 5, 20, 2.0
+    RECENT, FIRST, GROWTH = 5, 16, 2.0
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self.values: dict[str, list[float]] = {name: [] for name in LEVELS}

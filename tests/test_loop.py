@@ -318,6 +318,30 @@ def test_hooks_see_the_model_as_it_is_saved_whatever_it_trains_in(run: Path) -> 
     assert seen == [True, True]
 
 
+def test_the_warning_signs_are_logged_and_change_no_bit(uninterrupted: Path, run: Path) -> None:
+    for folder, every in ((run, 1), (run.with_name("unmonitored"), 0)):
+        path = train(folder, dataclasses.replace(CONFIG, monitor_every=every, log_every=5))
+        assert bits(path) == bits(final(uninterrupted))
+        lines = read_metrics(folder / "metrics.jsonl")
+        steps = [line["step"] for line in lines if "layer/0/output_norm" in line]
+        assert steps == (list(range(1, 13)) if every else [])
+        assert all({"loss", "lr"} <= line.keys() for line in lines)
+
+
+def test_growing_signs_are_told_and_logged_once_across_a_resumption(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=40, monitor_every=1)
+    breaking = dataclasses.replace(OPTIM, lr=1.0, warmup_steps=40)
+    train(run, config, breaking, stop_at=30)
+    train(run, config, breaking)
+    lines = [n for n in read_metrics(run / "metrics.jsonl") if "alarm/output_norm" in n]
+    assert [n["alarm/output_norm"] > 2 for n in lines] == [True]
+    assert capsys.readouterr().err.count("output_norm has grown to") == 1
+    train(run.with_name("sound"), dataclasses.replace(config, steps=40))
+    assert "grown" not in capsys.readouterr().err
+
+
 def with_bad_steps(rows: Path, bad: set[int]) -> RowLoader:
     """A loader whose batches of the steps `bad` have a loss that is not finite."""
 

@@ -28,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {"processes": 1},
     "shared": {"processes": 2},
     "divided": {"processes": 2, "parallel": {"tensor": 2}},
-    "both": {"processes": 4, "parallel": {"tensor": 2}},
+    "both": {"processes": 4, "parallel": {"tensor": 2}, "train": {"monitor_every": 4}},
     "copied": {"processes": 4, "parallel": {"replicate": 2}},
     "in parts": {"processes": 2, "parallel": {"checkpoint_layers": True},
                  "train": {"micro_batch_size": 1}},

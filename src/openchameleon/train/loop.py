@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,8 @@ from openchameleon.train.checkpoint import (
     save_checkpoint,
 )
 from openchameleon.train.guard import Guard, GuardConfig, StepLeftOut
-from openchameleon.train.metrics import SCORE, MetricsLog
+from openchameleon.train.metrics import SCORE, MetricsLog, read_metrics
+from openchameleon.train.monitor import ALARM, Alarm, watched
 from openchameleon.train.optim import OptimConfig, lr_at, make_optimizer
 from openchameleon.train.parallel import World, alone, compare_copies
 from openchameleon.train.rewind import CHECKPOINTS, skipped_steps
@@ -61,7 +62,9 @@ class TrainConfig:
     """What a run is. Batches have `batch_size` rows, worked through `micro_batch_size` at a time.
 
     eval_every: steps between calls of the hooks, which are also called after the last step; 0
-    never calls them. keep: checkpoints left on disk. threads: of torch; None leaves them alone.
+    never calls them. monitor_every: steps between measurements of the warning signs of divergence
+    (`monitor.py`), which are logged; 0 never takes them. keep: checkpoints left on disk. threads:
+    of torch; None leaves them alone.
     dtype: what matrix products run in; weights and optimizer are float32.
     """
 
@@ -77,6 +80,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     eval_every: int = 0
+    monitor_every: int = 50
     keep: int = 2
 
     def __post_init__(self) -> None:
@@ -89,7 +93,7 @@ class TrainConfig:
 
 # What may change between a run and its resumption: none of it changes the weights,
 # except `threads`, in the last bits, which the resumption says.
-_FREE = {"threads", "log_every", "save_every", "eval_every", "keep"}
+_FREE = {"threads", "log_every", "save_every", "eval_every", "monitor_every", "keep"}
 
 
 def fit(
@@ -170,9 +174,12 @@ class _Run:
         self.guard, self.skipped = Guard(config.guard), skipped_steps(folder)
         self.saved: tuple[int, Path] | None = None
         self.resume()
-        self.log = MetricsLog(folder / "metrics.jsonl", self.step) if world.is_main else None
+        log = folder / "metrics.jsonl"
+        self.log = MetricsLog(log, self.step) if world.is_main else None
+        self.alarm = Alarm(read_metrics(log) if world.is_main else ())
         self.progress = Progress("train", config.steps, "steps", self.step, not world.is_main)
         self.busy, self.n_tokens = 0.0, 0  # since the last log line
+        self.signs: dict[str, float] = {}  # of this step, where it is monitored
 
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
@@ -232,32 +239,49 @@ class _Run:
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         batch = self.loader.batch(self.step, rank, n_ranks).to(self.device)
         batches = batch.split(self.config.micro_batch_size or self.config.batch_size)
-        return train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            self.config.loss,
-            lr=lr,
-            grad_clip=self.optim.grad_clip,
-            is_code=self.is_code,
-            world=self.world,
-            guard=self.guard,
-        )
+        every = self.config.monitor_every
+        watch: AbstractContextManager[dict[str, float]] = nullcontext({})
+        if every and self.is_due(every, self.step + 1):
+            watch = watched(self.model, batches)
+        with watch as self.signs:
+            return train_step(
+                self.model,
+                self.optimizer,
+                batches,
+                self.config.loss,
+                lr=lr,
+                grad_clip=self.optim.grad_clip,
+                is_code=self.is_code,
+                world=self.world,
+                guard=self.guard,
+            )
 
-    def is_due(self, every: int) -> bool:
-        """Whether this step is one of `every`. The last step is always due."""
-        return self.step == self.config.steps or self.step % every == 0
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether this step, or `step`, is one of `every`. The last step is always due."""
+        step = self.step if step is None else step
+        return step == self.config.steps or step % every == 0
 
     def report(self, metrics: StepMetrics, lr: float) -> None:
         """The log line where it is due, and the progress line."""
         values = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None}
         speed = self.n_tokens / self.busy
-        if self.is_due(self.config.log_every):
+        if self.signs or self.is_due(self.config.log_every):
             compare_copies(self.model, self.world)
-            self.note(values | {"lr": lr, "tokens_per_s": round(speed, 1)})
+            self.note(values | {"lr": lr, "tokens_per_s": round(speed, 1)} | self.signs)
+            self.warn()
             self.busy, self.n_tokens = 0.0, 0
         losses = [f"{k} {values[k]:.3f}" for k in ("text_loss", "code_loss") if k in values]
         self.progress.update(self.step, " | ".join(["", f"{speed:,.0f} tokens/s", *losses]))
+
+    def warn(self) -> None:
+        """Says, and logs, which sign of divergence has now grown for long."""
+        for name, times in self.alarm.hear(self.signs).items():
+            self.note({f"{ALARM}{name}": times})
+            self.say(
+                f"warning: step {self.step}: {name} has grown to {self.signs[name]:.4g}, "
+                f"{times:.1f} times what it was in the second quarter of the run; what helps is in"
+                " docs/stability.md: QK-norm, output norms, z-loss, a lower optim.lr."
+            )
 
     def evaluate(self) -> None:
         """Calls the hooks, for which the model is as it is saved, and logs what they return."""

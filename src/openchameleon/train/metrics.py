@@ -44,7 +44,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(log: Path, png: Path) -> None:
-    """Draws the curves of a log: losses, learning rate, gradient norm, and scores."""
+    """Draws the curves of a log: losses, learning rate, scores, and the signs of divergence."""
     from matplotlib.figure import Figure  # takes a second to import
 
     lines = read_metrics(log)
@@ -52,11 +52,13 @@ def plot_metrics(log: Path, png: Path) -> None:
     panels = {
         "loss (nats a token)": ["text_loss", "code_loss"],
         "learning rate": ["lr"],
-        "gradient norm": ["grad_norm"],
         "scores": scores,
+        "norms of gradient and update": ["grad_norm", "update_norm"],
+        "norm of the last layer's output": ["output_norm"],
+        "logits": ["log_z", "logit_max", "attention_logit_max"],
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True)
     for axes, (title, keys) in zip(grid.flat, panels.items(), strict=True):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -71,7 +73,7 @@ def plot_metrics(log: Path, png: Path) -> None:
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if title in ("loss (nats a token)", "scores") and keys:
+        if len(keys) > 1 or keys == scores != []:
             axes.legend(frameon=False, fontsize=8)
         if title == "learning rate":
             axes.set_ylim(bottom=0)  # a constant one is a line, not a range of roundings

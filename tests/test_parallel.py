@@ -29,6 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"processes": 2},
     "divided": {"processes": 2, "parallel": {"tensor": 2}},
     "both": {"processes": 4, "parallel": {"tensor": 2}, "train": {"monitor_every": 4}},
+    "watched alone": {"processes": 1, "train": {"monitor_every": 4}},
     "copied": {"processes": 4, "parallel": {"replicate": 2}},
     "in parts": {"processes": 2, "parallel": {"checkpoint_layers": True},
                  "train": {"micro_batch_size": 1}},
@@ -264,3 +265,10 @@ def children_of(pid: int) -> list[int]:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
                 found.append(int(stat.parent.name))
     return sorted(found)
+
+
+def test_the_signs_of_divergence_are_those_of_one_process(seen: dict[str, Any]) -> None:
+    both, alone = (seen[name]["lines"][3] for name in ("both", "watched alone"))
+    for sign in ("update_norm", "layer/0/grad_norm", "layer/1/update_norm"):
+        assert both[sign] == pytest.approx(alone[sign], rel=1e-3), sign
+    assert both["output_norm"] == pytest.approx(alone["output_norm"], rel=0.2)  # of half the rows

@@ -21,6 +21,7 @@ COMMANDS = {
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",
     "train": "run a training recipe",
+    "plan": "what a training needs: memory, GPU-hours, tokens a second, cost",
     "evaluate": "score a model",
     "convert": "checkpoints: Meta's, Hugging Face's and ours, each to each",
     "demo": "a conversation in text and pictures, written as a page",

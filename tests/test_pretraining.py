@@ -116,7 +116,7 @@ def test_stages_switch_at_their_share_of_the_steps(debug: Pretraining) -> None:
         ("switch_at=0", "must lie in"),
         ('streams.code={"mixture": {"drow": 1}, "n_samples": 1}', "streams.code"),
         ("streams.code=nowhere", "nowhere holds no prepared rows"),
-        ("model.max_seq_len=128", "Record .* tokens, a row 128"),
+        ("model.max_seq_len=128", "Record 1 has .* tokens, a row 128"),
         ("tokenizer=nanoo", "No model 'nanoo'"),
     ],
 )

@@ -14,11 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openchameleon.data.loader import RowLoader, make_batch, permuted
-from openchameleon.data.pack import Encoded, Rows, pack, save_manifest, write_rows
+from openchameleon.data.pack import (
+    ARRAYS,
+    Encoded,
+    Rows,
+    joined_manifest,
+    pack,
+    save_manifest,
+    write_rows,
+)
 from openchameleon.data.prepare import prepare
 from openchameleon.data.sources import count_records, read_records
+from openchameleon.data.sources.bad import FEW, BadPolicy, BadRecords
 from openchameleon.document import Conversation, Document, Image, Record, Text, documents_of
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of
+from openchameleon.train.run_folder import claim
 from openchameleon.vocab import Vocab
 
 VOCAB = Vocab.compact(n_codes=8, codes_per_item=4, n_text=256)
@@ -58,9 +69,9 @@ def write_jsonl(path: Path, *records: object) -> Path:
 
 
 def make_rows(folder: Path, n: int, first: int = 0, row_len: int = 4) -> Path:
-    """`n` rows of one document; the second token of row i is i + `first`."""
+    """`n` rows of one document; the second token of row i is the text id i + `first`."""
     folder.mkdir(parents=True)
-    rows = [[([0, i + first, 2], [0, 1, 1])] for i in range(n)]
+    rows = [[([0, VOCAB.text_start + i + first, 2], [0, 1, 1])] for i in range(n)]
     save_manifest(folder, write_rows(rows, folder, row_len, VOCAB))
     return folder
 
@@ -140,7 +151,7 @@ def test_captioned_pictures_are_conversations_in_both_directions(tmp_path: Path)
 
 def test_bytes_that_are_no_text_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_bytes(b'{"segments": [{"text": "\xff"}]}')
-    with pytest.raises(UserError, match=r"records\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"records\.jsonl:1: not UTF-8"):
         list(read_records(tmp_path))
 
 
@@ -150,11 +161,69 @@ def test_a_picture_without_a_caption_is_named(tmp_path: Path) -> None:
         list(read_records(tmp_path))
 
 
+def test_a_plain_folder_is_pictures_with_captions_texts_and_code_in_order(tmp_path: Path) -> None:
+    for name in ("b.py", "a.md", "sub/c.rst", "sub/note.txt", ".hidden.py", ".git/x.py", "d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    picture(tmp_path / "sub/cat.PNG")
+    (tmp_path / "sub/cat.txt").write_text("A cat.")
+    texts = ["".join(d.text for d in documents_of(record)) for record in read_records(tmp_path)]
+    assert texts == [
+        "text of a.md",
+        "text of b.py",
+        "text of sub/c.rst",
+        "A cat.",
+        "text of sub/note.txt",
+    ]
+    assert count_records(tmp_path) == 5
+    kinds = [type(record) for record in read_records(tmp_path)]
+    assert kinds == [Document, Document, Document, Conversation, Document]
+    (one,) = read_records(tmp_path / "b.py")
+    assert isinstance(one, Document)
+    assert one.text == "text of b.py"
+
+
+def test_files_that_are_empty_or_no_text_are_bad_records(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"")
+    (tmp_path / "b.py").write_bytes(b"# caf\xe9")
+    (tmp_path / "c.py").write_text("x = 1")
+    with pytest.raises(UserError, match=r"a\.py: empty"):
+        list(read_records(tmp_path))
+    (tmp_path / "a.py").write_text("y = 2")
+    with pytest.raises(UserError, match=r"b\.py: not UTF-8 text"):
+        list(read_records(tmp_path))
+
+
+def test_bad_records_are_skipped_listed_and_leave_the_order(tmp_path: Path) -> None:
+    lines = [json.dumps({"segments": [{"text": str(i)}]}) for i in range(50)]
+    good = [line for i, line in enumerate(lines) if i not in (7, 8, 30)]
+    lines[7], lines[8], lines[30] = "{", '{"segments": [{"image": "absent.png"}]}', "\x00"
+    source = tmp_path / "mine.jsonl"
+    source.write_text("\n".join(lines))
+    bad = BadRecords(BadPolicy("skip"), "mine", tmp_path / "bad.jsonl")
+    texts = [r.text for r in read_records(source, bad=bad) if isinstance(r, Document)]
+    assert texts == [json.loads(line)["segments"][0]["text"] for line in good]
+    assert (bad.n_records, bad.n_bad) == (50, 3)
+    listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in listed] == [f"{source}:{n}" for n in (8, 9, 31)]
+    assert {line["shard"] for line in listed} == {"mine"}
+    assert "absent.png" in listed[1]["reason"]
+
+
+def test_more_bad_records_than_the_limit_stop_the_reading(tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text('{"segments": []}\n' * 100 + "{\n" * (FEW + 1))
+    with pytest.raises(UserError, match=rf"{FEW + 1} of the first 111 records .* limit of 0.10%"):
+        list(read_records(source, bad=BadRecords(BadPolicy("skip"))))
+    generous = BadRecords(BadPolicy("skip", limit=0.2))
+    assert len(list(read_records(source, bad=generous))) == 100
+
+
 def test_an_absent_or_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder or file"):
         read_records(tmp_path / "x")
-    with pytest.raises(UserError, match=r"neither records\.jsonl nor pictures"):
-        next(read_records(tmp_path))
+    with pytest.raises(UserError, match=r"neither records\.jsonl nor pictures, texts"):
+        read_records(tmp_path)
 
 
 # packing
@@ -270,9 +339,18 @@ def test_only_answers_are_learned_unless_told_otherwise(tmp_path: Path) -> None:
     assert everything["n_learned_tokens"] == 6
 
 
-def test_a_long_record_or_none_is_an_error(tmp_path: Path) -> None:
-    records = [Document(["a" * n]) for n in (3, 30, 4)]
-    with pytest.raises(UserError, match="Document 2 has 32 tokens"):
+def test_a_long_text_is_cut_and_loses_no_token(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(28))
+    manifest = prepare([Document([text])], Letters(), tmp_path / "a", 10)
+    assert (manifest["n_documents"], manifest["n_tokens"]) == (3, 30)
+    tokens = Rows.open(tmp_path / "a").tokens.flatten().tolist()
+    assert tokens == [0, *(VOCAB.text_start + ord(c) for c in text), 2]
+
+
+def test_a_long_record_with_a_picture_or_none_is_an_error(tmp_path: Path) -> None:
+    red = Image(PIL.Image.new("RGB", (4, 4), "red"))
+    records = [Document(["a" * n, red]) for n in (2, 30)]
+    with pytest.raises(UserError, match="Record 2 has 38 tokens, a row 10"):
         prepare(records, Letters(), tmp_path / "a", 10)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="nothing to prepare"):
@@ -407,9 +485,103 @@ def test_streams_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 
 def test_an_id_outside_the_vocabulary_is_refused_at_reading(tmp_path: Path) -> None:
-    loader = RowLoader({"a": (make_rows(tmp_path / "a", 1, first=VOCAB.size), 1.0)}, 1, seed=0)
+    first = VOCAB.size - VOCAB.text_start
+    loader = RowLoader({"a": (make_rows(tmp_path / "a", 1, first=first), 1.0)}, 1, seed=0)
     with pytest.raises(UserError, match=f"Row 0 of 'a' holds id {VOCAB.size} of a {VOCAB.size}-id"):
         loader.batch(0)
+
+
+PICTURE = VOCAB.image.ids_from_codes([0, 7, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("documents", "ok"),
+    [
+        ([[0, *PICTURE, *PICTURE, 20, 2]], True),
+        ([PICTURE, PICTURE], True),
+        ([[20, 21]], True),
+        ([[0, *PICTURE[:3], *PICTURE[4:]]], False),  # a code too few
+        ([[0, *PICTURE[:3], 5, *PICTURE[3:]]], False),  # a code too many
+        ([[0, *PICTURE[:-1]]], False),  # no end
+        ([[0, *PICTURE[1:]]], False),  # no begin
+        ([PICTURE[:3], PICTURE[3:]], False),  # cut between two documents
+        ([[0, *PICTURE[:3], 20, *PICTURE[4:]]], False),  # text inside
+        ([[0, *PICTURE[:3], PICTURE[0], *PICTURE[4:]]], False),  # a begin inside
+        ([[20, 5, 20]], False),  # a code outside
+        ([[20, PICTURE[-1]]], False),  # an end outside
+    ],
+)
+def test_a_picture_that_is_not_whole_is_refused_at_reading(
+    tmp_path: Path, documents: list[list[int]], ok: bool
+) -> None:
+    rows = [[([20], [1])], [(d, [1] * len(d)) for d in documents]]
+    save_manifest(tmp_path, write_rows(rows, tmp_path, 16, VOCAB))
+    loader = RowLoader({"a": (tmp_path, 1.0)}, 2, seed=0)
+    if ok:
+        loader.batch(0)
+    else:
+        with pytest.raises(UserError, match="Row 1 of 'a' breaks the image at token"):
+            loader.batch(0)
+
+
+def test_a_picture_that_the_end_of_a_row_cuts_is_refused(tmp_path: Path) -> None:
+    save_manifest(tmp_path, write_rows([[(PICTURE[:-1], [1] * 5)]], tmp_path, 5, VOCAB))
+    with pytest.raises(UserError, match="Row 0 of 'a' breaks the image at token 0"):
+        RowLoader({"a": (tmp_path, 1.0)}, 1, seed=0).batch(0)
+
+
+def make_shards(folder: Path, *sizes: int) -> Path:
+    """Shards of rows that are numbered through."""
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for i, (n, first) in enumerate(zip(sizes, firsts, strict=True)):
+        make_rows(folder / "shards" / str(i), n, first)
+    save_manifest(folder, joined_manifest(folder, [str(i) for i in range(len(sizes))]))
+    return folder
+
+
+def test_shards_are_read_as_one_folder(tmp_path: Path) -> None:
+    rows, one = Rows.open(make_shards(tmp_path / "s", 3, 1, 5)), make_rows(tmp_path / "one", 9)
+    assert [r.tolist() for r in rows.tokens] == Rows.open(one).tokens.tolist()
+    assert (len(rows), rows.row_len, rows.manifest["n_documents"]) == (9, 4, 9)
+    many, whole = (RowLoader({"a": (folder, 1.0)}, 4, seed=1) for folder in (tmp_path / "s", one))
+    assert many.batch(7).inputs.tolist() == whole.batch(7).inputs.tolist()
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 3, 2)
+    tokens, manifest = folder / "shards/1/tokens.npy", folder / "shards/1/manifest.json"
+    whole = tokens.read_bytes()
+    for data, words in [(whole[:-1], "read"), (b"", "read"), (whole[:-1] + b"\7", "differs")]:
+        tokens.write_bytes(data)
+        with pytest.raises(UserError, match=rf"shards/1/tokens\.npy .*{words}"):
+            Rows.open(folder)
+    tokens.write_bytes(whole)
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(UserError, match=r"shards/1/manifest\.json differs"):
+        Rows.open(folder)
+    manifest.unlink()
+    with pytest.raises(UserError, match="shards/1 holds no prepared rows"):
+        Rows.open(folder)
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_a_run_is_refused_when_its_rows_have_changed_since_it_began(
+    tmp_path: Path, array: str
+) -> None:
+    folder = make_shards(tmp_path / "s", 3, 2)
+    run = tmp_path / "run"
+    run.mkdir()
+    claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
+    claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
+    changed = np.load(folder / f"shards/1/{array}.npy")
+    changed[0, 1] += 1
+    np.save(folder / f"shards/1/{array}.npy", changed)
+    manifest = Rows.open(folder / "shards/1", verify=False).manifest
+    manifest["sha256"][array] = sha256_of(folder / f"shards/1/{array}.npy")
+    save_manifest(folder / "shards/1", manifest)
+    save_manifest(folder, joined_manifest(folder, ["0", "1"]))
+    with pytest.raises(UserError, match=r"a run of another config: data\.rows\.a was"):
+        claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
 
 
 def test_micro_batches_are_the_batch(tmp_path: Path) -> None:

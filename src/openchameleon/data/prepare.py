@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openchameleon.data.pack import Encoded, pack, save_manifest, write_rows
-from openchameleon.data.sources import count_records, read_records
-from openchameleon.document import Record
+from openchameleon.data.sources import count_records, named_records
+from openchameleon.data.sources.bad import BadRecords
+from openchameleon.document import Document, Record
 from openchameleon.errors import UserError
 from openchameleon.progress import Progress
 from openchameleon.vocab import Vocab
@@ -35,20 +36,25 @@ def prepare(
     answers_only: bool = True,
     batch: int = 256,
     n_records: int = 0,
+    bad: BadRecords | None = None,
 ) -> dict[str, Any]:
     """Tokenizes and packs `source` into the new folder `out`; returns its manifest.
 
-    `answers_only`: of a conversation only the assistant's turns are learned. A record longer
-    than `row_len` is an error. `n_records` is the total of the progress line where `source` is not
-    a path.
+    `answers_only`: of a conversation only the assistant's turns are learned. A text longer than
+    `row_len` becomes several documents; another record that long is a bad one. `bad` has the say
+    over those: by default the first is an error. `n_records` is the total of the progress line
+    where `source` is not a path.
     """
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another folder.")
+    bad = bad or BadRecords()
     if isinstance(source, Path):
         n_records = count_records(source)
-        source = read_records(source)
+        named = named_records(source, "chat", bad)
+    else:
+        named = ((f"Record {n}", record) for n, record in enumerate(source, 1))
     progress = Progress("prepare", n_records, "records")
-    encoded = _encode(source, tokenizer, answers_only, batch, progress)
+    encoded = encode(named, tokenizer, row_len, answers_only, batch, bad, progress)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f"{out.name}.tmp-*"):
@@ -67,18 +73,40 @@ def prepare(
     return manifest
 
 
-def _encode(
-    records: Iterable[Record],
+def encode(
+    records: Iterable[tuple[str, Record]],
     tokenizer: RecordTokenizer,
+    row_len: int,
     answers_only: bool,
     batch: int,
+    bad: BadRecords,
     progress: Progress,
 ) -> Iterator[Encoded]:
-    """Encodes `batch` records at a time, holding no more of them."""
+    """Documents that fit in a row, `batch` of the named records at a time and no more held."""
     remaining = iter(records)
     done = 0
     while chunk := list(islice(remaining, batch)):
-        yield from tokenizer.encode_many(chunk, answers_only)
+        encoded = tokenizer.encode_many([record for _, record in chunk], answers_only)
+        for (name, record), (ids, mask) in zip(chunk, encoded, strict=True):
+            if len(ids) <= row_len:
+                yield ids, mask
+            elif isinstance(record, Document) and not record.images:
+                yield from _cut(ids, mask, row_len)
+            else:
+                bad.refuse(name, _too_long(name, len(ids), row_len))
         done += len(chunk)
         progress.update(done)
     progress.close()
+
+
+def _cut(ids: Sequence[int], mask: Sequence[int], row_len: int) -> Iterator[Encoded]:
+    """A long text as documents of whole rows and what is left: no token is lost."""
+    for start in range(0, len(ids), row_len):
+        yield ids[start : start + row_len], mask[start : start + row_len]
+
+
+def _too_long(name: str, length: int, row_len: int) -> UserError:
+    return UserError(
+        f"{name} has {length} tokens, a row {row_len}: prepare with longer rows or leave such"
+        " records out."
+    )

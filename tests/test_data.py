@@ -14,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openchameleon.data.loader import RowLoader, make_batch, permuted
-from openchameleon.data.pack import Encoded, Rows, pack, save_manifest, write_rows
+from openchameleon.data.pack import (
+    ARRAYS,
+    Encoded,
+    Rows,
+    joined_manifest,
+    pack,
+    save_manifest,
+    write_rows,
+)
 from openchameleon.data.prepare import prepare
 from openchameleon.data.sources import count_records, read_records
 from openchameleon.data.sources.bad import FEW, BadPolicy, BadRecords
 from openchameleon.document import Conversation, Document, Image, Record, Text, documents_of
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of
+from openchameleon.train.run_folder import claim
 from openchameleon.vocab import Vocab
 
 VOCAB = Vocab.compact(n_codes=8, codes_per_item=4, n_text=256)
@@ -59,9 +69,9 @@ def write_jsonl(path: Path, *records: object) -> Path:
 
 
 def make_rows(folder: Path, n: int, first: int = 0, row_len: int = 4) -> Path:
-    """`n` rows of one document; the second token of row i is i + `first`."""
+    """`n` rows of one document; the second token of row i is the text id i + `first`."""
     folder.mkdir(parents=True)
-    rows = [[([0, i + first, 2], [0, 1, 1])] for i in range(n)]
+    rows = [[([0, VOCAB.text_start + i + first, 2], [0, 1, 1])] for i in range(n)]
     save_manifest(folder, write_rows(rows, folder, row_len, VOCAB))
     return folder
 
@@ -475,9 +485,103 @@ def test_streams_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 
 def test_an_id_outside_the_vocabulary_is_refused_at_reading(tmp_path: Path) -> None:
-    loader = RowLoader({"a": (make_rows(tmp_path / "a", 1, first=VOCAB.size), 1.0)}, 1, seed=0)
+    first = VOCAB.size - VOCAB.text_start
+    loader = RowLoader({"a": (make_rows(tmp_path / "a", 1, first=first), 1.0)}, 1, seed=0)
     with pytest.raises(UserError, match=f"Row 0 of 'a' holds id {VOCAB.size} of a {VOCAB.size}-id"):
         loader.batch(0)
+
+
+PICTURE = VOCAB.image.ids_from_codes([0, 7, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("documents", "ok"),
+    [
+        ([[0, *PICTURE, *PICTURE, 20, 2]], True),
+        ([PICTURE, PICTURE], True),
+        ([[20, 21]], True),
+        ([[0, *PICTURE[:3], *PICTURE[4:]]], False),  # a code too few
+        ([[0, *PICTURE[:3], 5, *PICTURE[3:]]], False),  # a code too many
+        ([[0, *PICTURE[:-1]]], False),  # no end
+        ([[0, *PICTURE[1:]]], False),  # no begin
+        ([PICTURE[:3], PICTURE[3:]], False),  # cut between two documents
+        ([[0, *PICTURE[:3], 20, *PICTURE[4:]]], False),  # text inside
+        ([[0, *PICTURE[:3], PICTURE[0], *PICTURE[4:]]], False),  # a begin inside
+        ([[20, 5, 20]], False),  # a code outside
+        ([[20, PICTURE[-1]]], False),  # an end outside
+    ],
+)
+def test_a_picture_that_is_not_whole_is_refused_at_reading(
+    tmp_path: Path, documents: list[list[int]], ok: bool
+) -> None:
+    rows = [[([20], [1])], [(d, [1] * len(d)) for d in documents]]
+    save_manifest(tmp_path, write_rows(rows, tmp_path, 16, VOCAB))
+    loader = RowLoader({"a": (tmp_path, 1.0)}, 2, seed=0)
+    if ok:
+        loader.batch(0)
+    else:
+        with pytest.raises(UserError, match="Row 1 of 'a' breaks the image at token"):
+            loader.batch(0)
+
+
+def test_a_picture_that_the_end_of_a_row_cuts_is_refused(tmp_path: Path) -> None:
+    save_manifest(tmp_path, write_rows([[(PICTURE[:-1], [1] * 5)]], tmp_path, 5, VOCAB))
+    with pytest.raises(UserError, match="Row 0 of 'a' breaks the image at token 0"):
+        RowLoader({"a": (tmp_path, 1.0)}, 1, seed=0).batch(0)
+
+
+def make_shards(folder: Path, *sizes: int) -> Path:
+    """Shards of rows that are numbered through."""
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for i, (n, first) in enumerate(zip(sizes, firsts, strict=True)):
+        make_rows(folder / "shards" / str(i), n, first)
+    save_manifest(folder, joined_manifest(folder, [str(i) for i in range(len(sizes))]))
+    return folder
+
+
+def test_shards_are_read_as_one_folder(tmp_path: Path) -> None:
+    rows, one = Rows.open(make_shards(tmp_path / "s", 3, 1, 5)), make_rows(tmp_path / "one", 9)
+    assert [r.tolist() for r in rows.tokens] == Rows.open(one).tokens.tolist()
+    assert (len(rows), rows.row_len, rows.manifest["n_documents"]) == (9, 4, 9)
+    many, whole = (RowLoader({"a": (folder, 1.0)}, 4, seed=1) for folder in (tmp_path / "s", one))
+    assert many.batch(7).inputs.tolist() == whole.batch(7).inputs.tolist()
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 3, 2)
+    tokens, manifest = folder / "shards/1/tokens.npy", folder / "shards/1/manifest.json"
+    whole = tokens.read_bytes()
+    for data, words in [(whole[:-1], "read"), (b"", "read"), (whole[:-1] + b"\7", "differs")]:
+        tokens.write_bytes(data)
+        with pytest.raises(UserError, match=rf"shards/1/tokens\.npy .*{words}"):
+            Rows.open(folder)
+    tokens.write_bytes(whole)
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(UserError, match=r"shards/1/manifest\.json differs"):
+        Rows.open(folder)
+    manifest.unlink()
+    with pytest.raises(UserError, match="shards/1 holds no prepared rows"):
+        Rows.open(folder)
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_a_run_is_refused_when_its_rows_have_changed_since_it_began(
+    tmp_path: Path, array: str
+) -> None:
+    folder = make_shards(tmp_path / "s", 3, 2)
+    run = tmp_path / "run"
+    run.mkdir()
+    claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
+    claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
+    changed = np.load(folder / f"shards/1/{array}.npy")
+    changed[0, 1] += 1
+    np.save(folder / f"shards/1/{array}.npy", changed)
+    manifest = Rows.open(folder / "shards/1", verify=False).manifest
+    manifest["sha256"][array] = sha256_of(folder / f"shards/1/{array}.npy")
+    save_manifest(folder / "shards/1", manifest)
+    save_manifest(folder, joined_manifest(folder, ["0", "1"]))
+    with pytest.raises(UserError, match=r"a run of another config: data\.rows\.a was"):
+        claim(run, {"data": RowLoader({"a": (folder, 1.0)}, 2, seed=0).describe()})
 
 
 def test_micro_batches_are_the_batch(tmp_path: Path) -> None:

@@ -206,3 +206,12 @@ def test_the_papers_recipes_have_the_papers_numbers(
         "lr": 1e-4, "matrices": "adamw", "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.1,
         "warmup_steps": 4000, "decay": "exponential", "min_lr_ratio": 0.01, "grad_clip": 1.0,
     }  # fmt: skip
+
+
+def test_the_recipe_in_the_docs_loads(tmp_path: Path) -> None:
+    docs = Path(__file__).parent.parent / "docs" / "training.md"
+    file = tmp_path / "mine.py"
+    file.write_text(docs.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0])
+    recipe = load_recipe(str(file))
+    assert isinstance(recipe, Pretraining)
+    assert recipe.phases()[1].weights == {"text": 1.0, "pairs": 0.5, "instructions": 1.5}

@@ -22,6 +22,7 @@ COMMANDS = {
     "tokenizer": "train and judge the text and image tokenizers",
     "train": "run a training recipe",
     "rewind": "take a training back to an earlier step, and past some batches",
+    "plan": "what a training needs: memory, GPU-hours, tokens a second, cost",
     "evaluate": "score a model",
     "convert": "checkpoints: Meta's, Hugging Face's and ours, each to each",
     "demo": "a conversation in text and pictures, written as a page",

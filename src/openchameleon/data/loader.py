@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openchameleon.config import config_hash
+from openchameleon.data.check import fault_of
 from openchameleon.data.pack import Rows
 from openchameleon.errors import UserError
 
@@ -102,7 +104,7 @@ class RowLoader:
             "batch_size": self.batch_size,
             "start": self.start,
             "weights": self.weights,
-            "rows": {name: rows.manifest["sha256"]["tokens"] for name, rows in self.rows.items()},
+            "rows": {n: config_hash(rows.manifest["sha256"]) for n, rows in self.rows.items()},
         }
 
     def rows_used(self, step: int) -> dict[str, int]:
@@ -129,10 +131,11 @@ class RowLoader:
             np.stack([getattr(self.rows[name], array)[row] for name, row in samples])
             for array in ("tokens", "doc_ids", "loss_mask")
         )
-        for (name, row), ids in zip(samples, tokens, strict=True):
-            if ids.max() >= (size := self.rows[name].manifest["vocab_size"]):
-                raise UserError(f"Row {row} of {name!r} holds id {ids.max()} of a {size}-id space.")
-        return make_batch(tokens, doc_ids, mask, self.rows[self._names[0]].manifest["pad_id"])
+        manifest = self.rows[self._names[0]].manifest  # the streams agree on their vocabulary
+        if fault := fault_of(tokens, doc_ids, manifest):
+            name, row = samples[fault[0]]
+            raise UserError(f"Row {row} of {name!r} {fault[1]}.")
+        return make_batch(tokens, doc_ids, mask, manifest["pad_id"])
 
     def _used_before(self, index: int) -> list[int]:
         cycles, rest = divmod(index, len(self._cycle))

@@ -4,6 +4,8 @@ tokens.npy     (n_rows, row_len) uint16 or uint32; padding holds the pad id
 doc_ids.npy    (n_rows, row_len) uint16: 1, 2, .. along a row, 0 is padding
 loss_mask.npy  (n_rows, row_len) uint8: 1 where the token is to be learned, as a target
 manifest.json  counts, the vocabulary's hash, and the sha256 of each file
+
+Several such folders in `shards/` of another, whose manifest lists them, are read as one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import bisect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +31,10 @@ from openchameleon.vocab import Vocab
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SHARDS = "shards"
 ARRAYS = ("tokens", "doc_ids", "loss_mask")
+COUNTS = ("n_rows", "n_documents", "n_tokens", "n_learned_tokens")
+MAPPED = 24  # files of an array that are mapped at a time: a process may hold few open
 
 Encoded = tuple[Sequence[int], Sequence[int]]
 """Token ids, and as many loss mask entries."""
@@ -117,6 +124,7 @@ def write_rows(
         "vocab_size": vocab.size,
         "pad_id": vocab.pad_id,
         "vocab": config_hash(vocab.to_dict()),
+        "code_ranges": [asdict(r) for r in vocab.code_ranges],
         "sha256": {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS},
     }
 
@@ -126,13 +134,48 @@ def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def joined_manifest(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The manifest of `folder` whose shards, of one vocabulary and row length, are `names`."""
+    paths = [folder / SHARDS / name / MANIFEST for name in names]
+    parts = [_read_manifest(path) for path in paths]
+    counts = {key: sum(part[key] for part in parts) for key in COUNTS}
+    alike = ("format", "row_len", "vocab_size", "pad_id", "vocab", "code_ranges")
+    return {
+        **{key: parts[0][key] for key in alike},
+        **counts,
+        "fill": round(counts["n_tokens"] / max(counts["n_rows"] * parts[0]["row_len"], 1), 4),
+        "sha256": {name: config_hash([part["sha256"][name] for part in parts]) for name in ARRAYS},
+        SHARDS: [
+            {"name": name, "n_rows": part["n_rows"], "sha256": sha256_of(path)}
+            for name, part, path in zip(names, parts, paths, strict=True)
+        ],
+    }
+
+
+class Stacked:
+    """The rows of an array that lies in several files, numbered through; mapped as asked for."""
+
+    def __init__(self, files: Sequence[Path], lengths: Sequence[int]) -> None:
+        self._files, self._ends = files, list(accumulate(lengths))
+        self._map = lru_cache(MAPPED)(partial(np.load, mmap_mode="r", allow_pickle=False))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        file = bisect.bisect_right(self._ends, row)
+        return self._map(self._files[file])[row - (self._ends[file - 1] if file else 0)]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """A folder of rows, its arrays mapped into memory."""
+    """A folder of rows, its arrays mapped into memory; of several shards as of one."""
 
-    tokens: np.ndarray
-    doc_ids: np.ndarray
-    loss_mask: np.ndarray
+    tokens: np.ndarray | Stacked
+    doc_ids: np.ndarray | Stacked
+    loss_mask: np.ndarray | Stacked
     manifest: dict[str, Any]
 
     def __len__(self) -> int:
@@ -140,35 +183,61 @@ class Rows:
 
     @property
     def row_len(self) -> int:
-        return self.tokens.shape[1]
+        return self.manifest["row_len"]
 
     @staticmethod
     def open(folder: Path, verify: bool = True) -> Rows:
         """Maps the arrays; `verify` also reads each for its sha256. UserError names the file."""
-        path = folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version, shape = manifest["format"], (manifest["n_rows"], manifest["row_len"])
-            hashes = {name: manifest["sha256"][name] for name in ARRAYS}
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} holds no prepared rows: {MANIFEST} is missing.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the manifest of prepared rows.") from error
-        if version != FORMAT:
-            raise UserError(f"{path} has format {version}, this version reads {FORMAT}.")
-        arrays = {}
-        for name in ARRAYS:
-            file = folder / f"{name}.npy"
-            try:
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{file} cannot be read: {error}. Prepare it again.") from error
-            if array.shape != shape:
-                raise UserError(f"{file} has shape {array.shape}, its manifest says {shape}.")
-            if verify and sha256_of(file) != hashes[name]:
-                raise UserError(f"{file} differs from what was written. Prepare it again.")
-            arrays[name] = array
+        manifest = _read_manifest(folder / MANIFEST)
+        if SHARDS not in manifest:
+            return Rows(**_open_arrays(folder, manifest, verify), manifest=manifest)
+        parts = [folder / SHARDS / shard["name"] for shard in manifest[SHARDS]]
+        for part, shard in zip(parts, manifest[SHARDS], strict=True):
+            part_manifest = _read_manifest(part / MANIFEST)
+            if sha256_of(part / MANIFEST) != shard["sha256"]:
+                raise UserError(f"{part / MANIFEST} differs from what was written: {_AGAIN}.")
+            _open_arrays(part, part_manifest, verify)
+        lengths = [shard["n_rows"] for shard in manifest[SHARDS]]
+        arrays = {name: Stacked([p / f"{name}.npy" for p in parts], lengths) for name in ARRAYS}
         return Rows(**arrays, manifest=manifest)
+
+
+_AGAIN = "remove the folder it is in, and prepare it again"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """UserError where there is none, or it is none of prepared rows."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+        if not all(name in manifest["sha256"] for name in ARRAYS):
+            raise ValueError("a file without its sum")
+        _ = manifest["n_rows"], manifest["row_len"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} holds no prepared rows: {MANIFEST} is missing.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the manifest of prepared rows.") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}.")
+    return manifest
+
+
+def _open_arrays(folder: Path, manifest: dict[str, Any], verify: bool) -> dict[str, np.ndarray]:
+    """The arrays of one folder, found to be what its manifest says."""
+    shape = (manifest["n_rows"], manifest["row_len"])
+    arrays = {}
+    for name in ARRAYS:
+        file = folder / f"{name}.npy"
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file} cannot be read: {error}. Prepare it again.") from error
+        if array.shape != shape:
+            raise UserError(f"{file} has shape {array.shape}, its manifest says {shape}.")
+        if verify and sha256_of(file) != manifest["sha256"][name]:
+            raise UserError(f"{file} differs from what was written: {_AGAIN}.")
+        arrays[name] = array
+    return arrays
 
 
 class _NpyWriter:

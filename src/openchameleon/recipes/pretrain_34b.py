@@ -6,7 +6,7 @@ As `pretrain_7b`, but for the shape, with norms behind the branches and grouped 
 and batches of 3,072 rows.
 
 Not run here. The paper: 3,072 A100 of 80 GB, 4,282,407 GPU-hours (58.1 days if nothing stops), for
-9.2T tokens at 597 tokens a second and GPU; its loss lies below the 7B's throughout (Figure 6).
+9.2T tokens, which is 597 tokens a second and GPU; a loss below the 7B's throughout (its Figure 6).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 of 4,096 tokens (docs/training.md).
 
 Not run here. The paper: 1,024 A100 of 80 GB, 856,481 GPU-hours (34.9 days if nothing stops), for
-9.2T tokens at 2,984 tokens a second and GPU; a loss of about 2.8 after 600,000 steps (Figure 6).
+9.2T tokens, which is 2,984 tokens a second and GPU; a loss near 2.8 after 600,000 steps (read off
+its Figure 6).
 
 What the paper leaves open is ours: the weights within the first mixture, here those of its tokens;
 the streams of the second; at which rate the learning rate decays "to 0", here to a hundredth.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from openchameleon.errors import CheckpointError, UserError
 from openchameleon.train.checkpoint import latest_checkpoint, load_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -166,6 +168,30 @@ def test_a_broken_part_is_named_and_the_checkpoint_before_is_used(
     spoil(part)
     assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000004"
     assert re.search(rf"tensors/{part.name} .*{message}", capsys.readouterr().err)
+
+
+class Hostile:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.target, "owned")
+
+
+def test_an_index_that_was_exchanged_is_not_read(
+    seen: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "half of 4/checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/step-00000006"
+    (newest / "tensors/.metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "owned")))
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000004"
+    with pytest.raises(UserError, match=r"tensors/\.metadata"):
+        load_checkpoint(newest)
+    with pytest.raises(CheckpointError, match=r"step-00000006 is a broken checkpoint: tensors/\.m"):
+        latest_checkpoint(tmp_path / "checkpoints", strict=True)
+    assert not (tmp_path / "owned").exists()
 
 
 def flipped(data: bytes) -> bytes:

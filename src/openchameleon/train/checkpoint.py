@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openchameleon.config import config_hash
-from openchameleon.errors import UserError
+from openchameleon.errors import CheckpointError, UserError
 from openchameleon.files import sha256_of, sync_file, sync_folder
 from openchameleon.train.optim import Optimizer
 
@@ -112,17 +112,20 @@ def abandoned_on_error(temporary: Path, n_bytes: int) -> Iterator[None]:
         raise
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, strict: bool = False) -> Path | None:
     """The newest checkpoint that verifies, or None where there is no checkpoint at all.
 
-    Each broken one passed over is named on standard error. UserError when all are broken:
-    starting from nothing must be the user's decision.
+    Each broken one passed over is named on standard error; with `strict` the first is a
+    CheckpointError. UserError when all are broken: starting from nothing must be the user's
+    decision.
     """
     steps = checkpoints_in(folder)
     for _, path in steps:
         fault = _fault(path)
         if fault is None:
             return path
+        if strict:
+            raise CheckpointError(f"{path} is a broken checkpoint: {fault}.")
         print(f"{path}: broken checkpoint passed over: {fault}", file=sys.stderr)
     if steps:
         raise UserError(

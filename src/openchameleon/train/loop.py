@@ -63,9 +63,9 @@ class TrainConfig:
 
     eval_every: steps between calls of the hooks, which are also called after the last step; 0
     never calls them. monitor_every: steps between measurements of the warning signs of divergence
-    (`monitor.py`), which are logged; 0 never takes them. keep: checkpoints left on disk. threads:
-    of torch; None leaves them alone.
-    dtype: what matrix products run in; weights and optimizer are float32.
+    (`monitor.py`), which are logged; 0 never takes them. keep: checkpoints left on disk. strict: go
+    on from the newest checkpoint or not at all. threads: of torch; None leaves them alone. dtype:
+    what matrix products run in; weights and optimizer are float32.
     """
 
     steps: int
@@ -82,6 +82,7 @@ class TrainConfig:
     eval_every: int = 0
     monitor_every: int = 50
     keep: int = 2
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
@@ -93,7 +94,7 @@ class TrainConfig:
 
 # What may change between a run and its resumption: none of it changes the weights,
 # except `threads`, in the last bits, which the resumption says.
-_FREE = {"threads", "log_every", "save_every", "eval_every", "monitor_every", "keep"}
+_FREE = {"threads", "log_every", "save_every", "eval_every", "monitor_every", "keep", "strict"}
 
 
 def fit(
@@ -183,7 +184,7 @@ class _Run:
 
     def resume(self) -> None:
         """Takes up the newest whole checkpoint, if there is one."""
-        path = self.world.agree(lambda: latest_checkpoint(self.folder))
+        path = self.world.agree(lambda: latest_checkpoint(self.folder, self.config.strict))
         if path is None:
             return
         meta = load_meta(path)

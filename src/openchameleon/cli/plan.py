@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _work(name: str) -> Work:
-    """The paper's run of that name, or all the steps of a recipe together."""
+    """The paper's run of that name; or all steps of a recipe, in the batches of most of them."""
     from openchameleon.train.plan import PAPER, Work
 
     if name in PAPER:
@@ -100,13 +100,18 @@ def _work(name: str) -> Work:
             f"{name!r} is neither a recipe file nor one of {', '.join(known)}."
             f"{nearest(name, known)}"
         )
+    from openchameleon.recipes.config import Pretraining
     from openchameleon.recipes.stages import model_config
 
     recipe = load_recipe(name)
-    trains = [stage.train for stage in recipe.stages().values()]
-    tokens = sum(train.steps * train.batch_size for train in trains) * recipe.row_len
-    batch, chunk = recipe.pretrain.train.batch_size, recipe.pretrain.train.loss.chunk
-    return Work(recipe.name, model_config(recipe), recipe.row_len, batch, tokens, chunk)
+    if isinstance(recipe, Pretraining):  # rows as long as its context
+        model, row_len, trains = recipe.model, recipe.model.max_seq_len, [recipe.train]
+    else:
+        model, row_len = model_config(recipe), recipe.row_len
+        trains = [stage.train for stage in recipe.stages().values()]
+    tokens = sum(train.steps * train.batch_size for train in trains) * row_len
+    longest = max(trains, key=lambda train: train.steps)
+    return Work(recipe.name, model, row_len, longest.batch_size, tokens, longest.loss.chunk)
 
 
 def _options(plan: Plan) -> str:

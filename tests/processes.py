@@ -72,7 +72,7 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
     config = dataclasses.replace(CONFIG, **{"save_every": 4, **job.get("train", {})})
     with torch.device("meta"):
         model = Transformer(shape)
-    spread(model, world, parallel).to_empty(device="cpu")
+    spread(model, world, parallel, config.dtype).to_empty(device="cpu")
     init_weights(model, 0)
     spoiled, rank = job.get("spoiled", []), job.get("rank_spoiled", 0)
     rows = {"all": (run.parent / "rows", 1.0)}
@@ -85,6 +85,15 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
 
     if "flip" in job:
         loader.before_step = flip_a_bit
+    types: list[str] = []
+
+    def note_types(_: Any, args: Any) -> None:
+        types[:] = [
+            str(args[0].dtype),
+            str(args[1][0].dtype),
+        ]  # of the stream, of the rotary tables
+
+    model.layers[1].register_forward_pre_hook(note_types)
     is_code = torch.zeros(VOCAB.size, dtype=torch.bool)
     is_code[VOCAB.image.first_id : VOCAB.image.stop_id] = True
     sentence = ""
@@ -97,7 +106,7 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
         name: whole(p.detach()).double().sum().item() for name, p in model.named_parameters()
     }
     seen = {step: loader.seen[step] for step in loader.seen} if world.tensor_rank == 0 else {}
-    return {"sentence": sentence, "weights": weights, "samples": seen}
+    return {"sentence": sentence, "weights": weights, "samples": seen, "types": types}
 
 
 def work(job: dict[str, Any], rank: int) -> None:

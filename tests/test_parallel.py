@@ -31,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"processes": 2},
     "divided": {"processes": 2, "parallel": {"tensor": 2}},
     "both": {"processes": 4, "parallel": {"tensor": 2}, "train": {"monitor_every": 4}},
+    "in bfloat16": {"processes": 2, "train": {"dtype": "bfloat16"}},
     "watched alone": {"processes": 1, "train": {"monitor_every": 4}},
     "copied": {"processes": 4, "parallel": {"replicate": 2}},
     "in parts": {"processes": 2, "parallel": {"checkpoint_layers": True},
@@ -298,3 +299,14 @@ def test_the_signs_of_divergence_are_those_of_one_process(seen: dict[str, Any]) 
     for sign in ("update_norm", "layer/0/grad_norm", "layer/1/update_norm"):
         assert both[sign] == pytest.approx(alone[sign], rel=1e-3), sign
     assert both["output_norm"] == pytest.approx(alone["output_norm"], rel=0.2)  # of half the rows
+
+
+def test_products_in_bfloat16_leave_positions_and_weights_in_float32(
+    seen: dict[str, Any], folder: Path
+) -> None:
+    job = seen["in bfloat16"]
+    assert job["ranks"][0]["types"] == ["torch.bfloat16", "torch.float32"]
+    assert losses(job) == pytest.approx(losses(seen["alone"]), rel=0.02)
+    assert losses(job) != pytest.approx(losses(seen["alone"]), rel=1e-5)
+    tensors, _ = load_checkpoint(folder / "in bfloat16/checkpoints/step-00000012")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

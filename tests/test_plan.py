@@ -322,6 +322,20 @@ def test_a_recipe_is_planned_by_all_its_steps(capsys: pytest.CaptureFixture[str]
     assert found["tokens"] == n_rows * recipe().row_len
 
 
+@pytest.mark.parametrize("name", ["7b", "34b"])
+def test_the_papers_recipe_is_planned_as_the_papers_run(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = []
+    for planned in (name, f"pretrain_{name}"):
+        assert main(["plan", planned, "--gpus", "1024", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    paper, recipe = plans
+    assert recipe["memory_bytes"] == paper["memory_bytes"]
+    assert recipe["batch_size"] == paper["batch_size"]
+    assert recipe["gpu_hours"] == pytest.approx(paper["gpu_hours"], rel=1e-5)
+
+
 def test_the_papers_rows_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--paper"]) == 0
     text = capsys.readouterr().out
@@ -336,7 +350,7 @@ def test_the_papers_rows_are_printed(capsys: pytest.CaptureFixture[str]) -> None
     ("line", "message"),
     [
         ("plan", "Give a preset or a recipe"),
-        ("plan 34c", "neither a recipe file nor one of 7b, 34b, nano, "),
+        ("plan 34c", "is neither a recipe file nor one of 7b, 34b, nano, small"),
         ("plan 7b --machine h10", "Did you mean 'h100'"),
         ("plan 7b --tokens many", "write 300B or 9.2T"),
         ("plan 7b --tokens nan", "write 300B or 9.2T"),

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _work(name: str) -> Work:
-    """The paper's run of that name, or all the steps of a recipe together."""
+    """The paper's run of that name; or all steps of a recipe, in the batches of most of them."""
     from openchameleon.train.plan import PAPER, Work
 
     if name in PAPER:
@@ -104,14 +104,14 @@ def _work(name: str) -> Work:
     from openchameleon.recipes.stages import model_config
 
     recipe = load_recipe(name)
-    if isinstance(recipe, Pretraining):
-        train, row_len = recipe.train, recipe.model.max_seq_len
-        tokens = train.steps * train.batch_size * row_len
-        return Work(recipe.name, recipe.model, row_len, train.batch_size, tokens, train.loss.chunk)
-    trains = [stage.train for stage in recipe.stages().values()]
-    tokens = sum(train.steps * train.batch_size for train in trains) * recipe.row_len
-    batch, chunk = recipe.pretrain.train.batch_size, recipe.pretrain.train.loss.chunk
-    return Work(recipe.name, model_config(recipe), recipe.row_len, batch, tokens, chunk)
+    if isinstance(recipe, Pretraining):  # rows as long as its context
+        model, row_len, trains = recipe.model, recipe.model.max_seq_len, [recipe.train]
+    else:
+        model, row_len = model_config(recipe), recipe.row_len
+        trains = [stage.train for stage in recipe.stages().values()]
+    tokens = sum(train.steps * train.batch_size for train in trains) * row_len
+    longest = max(trains, key=lambda train: train.steps)
+    return Work(recipe.name, model, row_len, longest.batch_size, tokens, longest.loss.chunk)
 
 
 def _options(plan: Plan) -> str:

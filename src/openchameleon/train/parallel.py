@@ -256,7 +256,8 @@ def _shard(model: Transformer, world: World, dtype: str) -> None:
 
     assert world.mesh is not None
     half = torch.bfloat16 if dtype == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    # Inputs are not cast: rotary tables must stay in float32.
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     copies = world.size_of("replicate") > 1
     mesh = world.mesh["replicate", "shard"] if copies else world.mesh["shard"]
     for part in (*model.layers, model):

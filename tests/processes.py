@@ -85,13 +85,13 @@ def train(job: dict[str, Any], world: World, parallel: ParallelConfig) -> dict[s
 
     if "flip" in job:
         loader.before_step = flip_a_bit
-    types: list[str] = []
+    types: list[str] = []  # of what a layer is given: the stream, the rotary tables
 
     def note_types(_: Any, args: Any) -> None:
         types[:] = [
             str(args[0].dtype),
             str(args[1][0].dtype),
-        ]  # of the stream, of the rotary tables
+        ]
 
     model.layers[1].register_forward_pre_hook(note_types)
     is_code = torch.zeros(VOCAB.size, dtype=torch.bool)

@@ -25,6 +25,7 @@ def recipe() -> Recipe:
         name="files",
         world=None,
         bad=BadPolicy("skip", limit=0.1),
+        picture_share=0.5,
         text=TextConfig(n_text=2048),
         vq=VQConfig(
             ch=32,

@@ -7,14 +7,11 @@ stage whose mark is right is skipped, so the same command goes on wherever it wa
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import torch
 from openchameleon.config import config_hash, to_dict
 from openchameleon.data.loader import RowLoader
 from openchameleon.data.prepare import prepare
+from openchameleon.data.workers import in_processes
 from openchameleon.errors import UserError
 from openchameleon.evaluation.world import quick_scores
 from openchameleon.model.config import ModelConfig
@@ -154,26 +152,9 @@ def prepare_rows(
     n_shards = 1 if recipe.data else stage.n_shards
     jobs = [(recipe, name, stage, out, mark, shard, n_shards) for shard in range(n_shards)]
     if recipe.workers > 1 and n_shards > 1:
-        # Not forked: torch's threads do not survive a fork.
-        with get_context("spawn").Pool(recipe.workers, _end_with, (os.getpid(),)) as pool:
-            done = pool.imap(_prepare_shard, jobs)
-            return list(track(done, f"prepare {name}", n_shards, "shards"))
+        done = in_processes(_prepare_shard, jobs, recipe.workers)
+        return list(track(done, f"prepare {name}", n_shards, "shards"))
     return [prepare_shard(*job) for job in jobs]
-
-
-def _end_with(parent: int) -> None:
-    """Sets up a worker: one thread, since they share the cores, and no life after its parent's.
-
-    One that goes on after a kill would write beside the workers of the run that takes over.
-    """
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int, int]) -> Path:

@@ -12,20 +12,22 @@ import uuid
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from safetensors.torch import load_file
 
+from openchameleon.checkpoints.checkpoint import Checkpoint
 from openchameleon.checkpoints.convert import (
     layout_of,
     load_image_tokenizer,
     load_transformer,
     open_checkpoint,
 )
-from openchameleon.config import to_dict
+from openchameleon.config import config_hash, to_dict
 from openchameleon.document import Conversation, Document, Text
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.params import Mode, SamplingParams
 from openchameleon.inference.sequence import FinishReason, Request
@@ -248,20 +250,41 @@ class Chameleon:
             save_weights(weights, folder / IMAGE_TOKENIZER / WEIGHTS, dtype)
 
 
+class OpenedTokenizer(NamedTuple):
+    """A model's tokenizer, what changes with all that it does, and the longest sequence."""
+
+    tokenizer: MixedTokenizer
+    fingerprint: str
+    max_seq_len: int
+
+
+def open_tokenizer(
+    name_or_folder: str | Path, device: str | torch.device | None = None, allow_pickle: bool = False
+) -> OpenedTokenizer:
+    """The tokenizer alone of what `Chameleon.from_pretrained` loads. UserError."""
+    checkpoint = open_checkpoint(find_model(str(name_or_folder)), allow_pickle)
+    tokenizer = _tokenizer(checkpoint, _device(device))
+    parts = (checkpoint.config.vocab.to_dict(), tokenizer.picture_first)
+    image = tokenizer.image.fingerprint() if tokenizer.image else None
+    fingerprint = config_hash(*parts, sha256_of(checkpoint.text), image)
+    return OpenedTokenizer(tokenizer, fingerprint, checkpoint.config.model.max_seq_len)
+
+
 def _from_checkpoint(
     folder: Path, device: torch.device, dtype: torch.dtype | None, allow_pickle: bool
 ) -> Chameleon:
     """A model in another layout than ours, or in shards."""
     checkpoint = open_checkpoint(folder, allow_pickle)
-    with torch.random.fork_rng(devices=[]):
+    tokenizer = _tokenizer(checkpoint, device)
+    return Chameleon(checkpoint.config, load_transformer(checkpoint, device, dtype), tokenizer)
+
+
+def _tokenizer(checkpoint: Checkpoint, device: torch.device) -> MixedTokenizer:
+    with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
         image = load_image_tokenizer(checkpoint)
-    model = load_transformer(checkpoint, device, dtype)
-    text = load_text_tokenizer(checkpoint.text)
-    config = checkpoint.config
-    tokenizer = MixedTokenizer(
-        config.vocab, text, image.to(device) if image else None, config.picture_first
-    )
-    return Chameleon(config, model, tokenizer)
+    text, config = load_text_tokenizer(checkpoint.text), checkpoint.config
+    placed = image.to(device) if image else None
+    return MixedTokenizer(config.vocab, text, placed, config.picture_first)
 
 
 def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:

@@ -14,7 +14,6 @@ from openchameleon.recipes.nano import recipe
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.text import TextTokenizer, train_text_tokenizer
 from openchameleon.vqgan.model import VQModel
-from openchameleon.world.atlas import PRESETS
 from openchameleon.world.render import render
 from openchameleon.world.sample import MIXTURE, all_texts
 from openchameleon.world.splits import dense_scene
@@ -24,7 +23,7 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     n_samples, n_pictures = (50, 2) if args.quick else (2000, 64)
     text, image, name = load(quick=args.quick)
-    preset = PRESETS[recipe().world]
+    preset = recipe().preset
     texts = list(all_texts(preset, MIXTURE, n_samples, seed=1))
     ids = [text.encode(t) for t in texts]
     drawn = [render(dense_scene(i, preset), preset) for i in range(n_pictures)]

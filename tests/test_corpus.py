@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
 from letters import VOCAB, Letters, die_unless_zero
@@ -306,4 +306,12 @@ def test_the_command_prepares_and_goes_on(
     ]:
         assert main([*line, *more]) == 2
         assert words in capsys.readouterr().err
-    assert np.array_equal(rows.tokens[0], Rows.open(out).tokens[0])
+    alone = tmp_path / "tokenizers"
+    shutil.copytree(model_folder / "image_tokenizer", alone / "image_tokenizer")
+    shutil.copy(model_folder / "tokenizer.model", alone)
+    line[3], line[5] = str(alone), str(tmp_path / "again")
+    assert main(line) == 2
+    assert "holds tokenizers alone: give --row-len" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*line, "--workers", "1", "--row-len", "64"]) == 0
+    assert sums(tmp_path / "again") == sums(out)

@@ -208,8 +208,15 @@ def test_a_users_captioned_pictures_train_with_the_same_command(tmp_path: Path) 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_round_trip_through_json(name: str) -> None:
     recipe = load_recipe(name)
-    assert from_dict(Recipe, to_dict(recipe)) == recipe
-    assert config_hash(recipe) == config_hash(from_dict(Recipe, to_dict(recipe)))
+    again = from_dict(type(recipe), to_dict(recipe))
+    assert again == recipe
+    assert config_hash(again) == config_hash(recipe)
+
+
+def test_a_json_file_of_either_kind_is_a_recipe(tmp_path: Path) -> None:
+    for name in ("nano", "debug_cpu"):
+        (tmp_path / "mine.json").write_text(json.dumps(to_dict(load_recipe(name))))
+        assert load_recipe(str(tmp_path / "mine.json")) == load_recipe(name)
 
 
 def test_an_override_changes_one_value() -> None:

@@ -27,8 +27,13 @@ from openchameleon.vocab import Vocab
 
 FORMAT = 1
 CONFIG, WEIGHTS, IMAGE_TOKENIZER = "config.json", "model.safetensors", "image_tokenizer"
+TEXT_TOKENIZER = "tokenizer.model"
 META_CONFIG = "params.json"
 LARGE = 100_000_000  # parameters
+
+
+Outputs = tuple[Literal["text", "image"], ...]
+"""What a model may write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,9 @@ class FolderConfig:
     name: str
     vocab: Vocab
     model: ModelConfig
-    outputs: tuple[Literal["text", "image"], ...] = ("text", "image")
+    outputs: Outputs = ("text", "image")
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    text_tokenizer: str = "tokenizer.model"
+    text_tokenizer: str = TEXT_TOKENIZER
     picture_first: bool = False
     format: int = FORMAT
 

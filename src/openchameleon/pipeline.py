@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from safetensors.torch import load_file
@@ -24,10 +24,9 @@ from openchameleon.checkpoints.convert import (
     load_transformer,
     open_checkpoint,
 )
-from openchameleon.config import config_hash, to_dict
+from openchameleon.config import to_dict
 from openchameleon.document import Conversation, Document, Text
 from openchameleon.errors import UserError
-from openchameleon.files import sha256_of
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.params import Mode, SamplingParams
 from openchameleon.inference.sequence import FinishReason, Request
@@ -35,6 +34,7 @@ from openchameleon.model.transformer import Transformer
 from openchameleon.model_folder import (
     CONFIG,
     IMAGE_TOKENIZER,
+    TEXT_TOKENIZER,
     WEIGHTS,
     FolderConfig,
     find_model,
@@ -47,6 +47,7 @@ from openchameleon.model_folder import embedded_models as embedded_models
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.mixed import Event, MixedTokenizer, StreamDecoder
 from openchameleon.tokenizer.text import load_text_tokenizer
+from openchameleon.vocab import Vocab
 
 Prompt = str | Document | Conversation
 """What a model continues: one user turn (text alone, or text and pictures), or a conversation."""
@@ -102,14 +103,9 @@ class Chameleon:
         place = _device(device)
         if layout_of(folder) != "native" or (folder / f"{WEIGHTS}.index.json").is_file():
             return _from_checkpoint(folder, place, _dtype(dtype, place), allow_pickle)
-        config = read_config(folder)
-        text = load_text_tokenizer(folder / config.text_tokenizer)
-        image = None
-        with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
+        config, tokenizer = read_config(folder), load_tokenizer(folder, place)
+        with torch.random.fork_rng(devices=[]):  # as in `_image`
             model = read_model(folder, config.model, place, _dtype(dtype, place))
-            if (folder / IMAGE_TOKENIZER).is_dir():
-                image = ImageTokenizer.load(folder / IMAGE_TOKENIZER, place)
-        tokenizer = MixedTokenizer(config.vocab, text, image, config.picture_first)
         return Chameleon(config, model, tokenizer)
 
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
@@ -250,24 +246,48 @@ class Chameleon:
             save_weights(weights, folder / IMAGE_TOKENIZER / WEIGHTS, dtype)
 
 
-class OpenedTokenizer(NamedTuple):
-    """A model's tokenizer, what changes with all that it does, and the longest sequence."""
+def load_tokenizer(
+    name_or_folder: str | Path,
+    device: str | torch.device | None = None,
+    allow_pickle: bool = False,
+) -> MixedTokenizer:
+    """The tokenizers of a model, whose own weights are not read, or a folder of tokenizers alone.
 
-    tokenizer: MixedTokenizer
-    fingerprint: str
-    max_seq_len: int
+    Such a folder holds `tokenizer.model` and `image_tokenizer/`, as `openchameleon tokenizer` makes
+    them. Arguments and errors as of `Chameleon.from_pretrained`.
+    """
+    place, folder = _device(device), Path(name_or_folder)
+    if (folder / TEXT_TOKENIZER).is_file() and not (folder / CONFIG).is_file():
+        text, image = load_text_tokenizer(folder / TEXT_TOKENIZER), _image(folder, place)
+        n_codes, codes_per_item = 8192, 1024  # what `tokenizer text` leaves room for
+        if image is not None:
+            n_codes, codes_per_item = image.codebook_size, image.n_codes
+        vocab = Vocab.compact(n_codes, codes_per_item, text.n_ids - text.text_start)
+        return MixedTokenizer(vocab, text, image)
+    folder = find_model(str(name_or_folder))
+    if layout_of(folder) != "native":
+        return _tokenizer_of(open_checkpoint(folder, allow_pickle), place)
+    config = read_config(folder)
+    text, image = load_text_tokenizer(folder / config.text_tokenizer), _image(folder, place)
+    return MixedTokenizer(config.vocab, text, image, config.picture_first)
 
 
-def open_tokenizer(
-    name_or_folder: str | Path, device: str | torch.device | None = None, allow_pickle: bool = False
-) -> OpenedTokenizer:
-    """The tokenizer alone of what `Chameleon.from_pretrained` loads. UserError."""
-    checkpoint = open_checkpoint(find_model(str(name_or_folder)), allow_pickle)
-    tokenizer = _tokenizer(checkpoint, _device(device))
-    parts = (checkpoint.config.vocab.to_dict(), tokenizer.picture_first)
-    image = tokenizer.image.fingerprint() if tokenizer.image else None
-    fingerprint = config_hash(*parts, sha256_of(checkpoint.text), image)
-    return OpenedTokenizer(tokenizer, fingerprint, checkpoint.config.model.max_seq_len)
+def _image(folder: Path, device: torch.device) -> ImageTokenizer | None:
+    if not (folder / IMAGE_TOKENIZER).is_dir():
+        return None
+    with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
+        return ImageTokenizer.load(folder / IMAGE_TOKENIZER, device)
+
+
+def _tokenizer_of(checkpoint: Checkpoint, device: torch.device) -> MixedTokenizer:
+    with torch.random.fork_rng(devices=[]):
+        image = load_image_tokenizer(checkpoint)
+    return MixedTokenizer(
+        checkpoint.config.vocab,
+        load_text_tokenizer(checkpoint.text),
+        image.to(device) if image else None,
+        checkpoint.config.picture_first,
+    )
 
 
 def _from_checkpoint(
@@ -275,16 +295,8 @@ def _from_checkpoint(
 ) -> Chameleon:
     """A model in another layout than ours, or in shards."""
     checkpoint = open_checkpoint(folder, allow_pickle)
-    tokenizer = _tokenizer(checkpoint, device)
+    tokenizer = _tokenizer_of(checkpoint, device)
     return Chameleon(checkpoint.config, load_transformer(checkpoint, device, dtype), tokenizer)
-
-
-def _tokenizer(checkpoint: Checkpoint, device: torch.device) -> MixedTokenizer:
-    with torch.random.fork_rng(devices=[]):  # building modules draws from the caller's numbers
-        image = load_image_tokenizer(checkpoint)
-    text, config = load_text_tokenizer(checkpoint.text), checkpoint.config
-    placed = image.to(device) if image else None
-    return MixedTokenizer(config.vocab, text, placed, config.picture_first)
 
 
 def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:

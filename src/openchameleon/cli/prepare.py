@@ -29,7 +29,11 @@ KINDS = ("folder", "jsonl", "webdataset", "parquet")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="folders, files or addresses, in their order")
-    add("--model", required=True, help="whose tokenizer: an embedded name, or a folder")
+    add(
+        "--model",
+        required=True,
+        help="whose tokenizer: an embedded name, a model's folder, or one of tokenizers alone",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="the folder of shards")
     add("--row-len", type=int, metavar="N", help="tokens in a row (the model's longest)")
     add("--kind", choices=KINDS, help="what the sources are (by their names and files)")
@@ -99,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     from openchameleon.data.sources import shards_of
     from openchameleon.data.sources.bad import BadPolicy
     from openchameleon.files import locked
-    from openchameleon.pipeline import open_tokenizer
+    from openchameleon.pipeline import load_tokenizer
 
     if options.executor == "local" and options.executor_option:
         raise UserError("--executor-option is for slurm and ray; name one by --executor.")
@@ -111,8 +115,8 @@ def run(options: argparse.Namespace) -> int:
         for source in options.sources
         for shard in shards_of(source, options.kind, options.files_a_shard)
     ]
-    opened = open_tokenizer(options.model, "cpu", options.allow_pickle)
-    row_len = opened.max_seq_len if options.row_len is None else options.row_len
+    tokenizer = load_tokenizer(options.model, "cpu", options.allow_pickle).fingerprint()
+    row_len = _longest(options) if options.row_len is None else options.row_len
     try:
         config = CorpusConfig(row_len, options.pairs, True, options.min_side, options.max_aspect,
                               options.dedup)  # fmt: skip
@@ -122,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
     load = partial(_load, options.model, options.device, options.allow_pickle)
     workers = options.workers or torch.get_num_threads()
     with locked(options.out):
-        corpus = plan_corpus(shards, options.out, config, opened.fingerprint, load, bad)
+        corpus = plan_corpus(shards, options.out, config, tokenizer, load, bad)
         if options.executor == "local":
             manifest = prepare_corpus(corpus, local(workers))
         else:
@@ -141,8 +145,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _longest(options: argparse.Namespace) -> int:
+    """The longest sequence of the model."""
+    from openchameleon.checkpoints.convert import open_checkpoint
+    from openchameleon.model_folder import CONFIG, TEXT_TOKENIZER, find_model
+
+    folder = Path(options.model)
+    if (folder / TEXT_TOKENIZER).is_file() and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds tokenizers alone: give --row-len, the tokens of a row.")
+    checkpoint = open_checkpoint(find_model(options.model), options.allow_pickle)
+    return checkpoint.config.model.max_seq_len
+
+
 def _load(model: str, device: str | None, allow_pickle: bool) -> MixedTokenizer:
     """In a worker: the tokenizer, its pictures to become codes on the device at hand."""
-    from openchameleon.pipeline import open_tokenizer
+    from openchameleon.pipeline import load_tokenizer
 
-    return open_tokenizer(model, device, allow_pickle).tokenizer
+    return load_tokenizer(model, device, allow_pickle)

@@ -31,5 +31,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(to_dict(recipe), indent=2))
         return 0
     model = run_recipe(recipe, options.out or Path("runs") / Path(options.recipe).stem)
+    sample = model.with_name("sample") / "sample.md"
+    if sample.is_file():
+        print(f"What it writes is in {sample}.")
     print(f"The model is in {model}; `openchameleon generate ... --model {model}` uses it.")
     return 0

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,17 +53,26 @@ class Batch:
         return Batch(**tensors)
 
 
+class Loader(Protocol):
+    """What training asks of its data: a batch for any step, and what its order depends on."""
+
+    @property
+    def batch_size(self) -> int: ...
+    def describe(self) -> dict[str, object]: ...
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
+
+
 class RowLoader:
     """Batches mixed from streams of packed rows: no row twice within a stream's epoch.
 
-    `streams` maps a name to (folder of rows, weight): a stream's share of the rows of a batch is
-    its weight's share (in 1024ths). `start` is the number of rows of each stream that an earlier
+    `streams` maps a name to (rows or their folder, weight): a stream's share of the rows of a batch
+    is its weight's share (in 1024ths). `start` is the number of rows of each stream that an earlier
     stage has used, as `rows_used` counts them, so that a change of weights repeats none.
     """
 
     def __init__(
         self,
-        streams: Mapping[str, tuple[Path, float]],
+        streams: Mapping[str, tuple[Path | Rows, float]],
         batch_size: int,
         seed: int,
         start: Mapping[str, int] | None = None,
@@ -72,27 +82,16 @@ class RowLoader:
         self.batch_size, self.seed = batch_size, seed
         self.start = {name: (start or {}).get(name, 0) for name in streams}
         self.weights = {name: weight for name, (_, weight) in streams.items()}
-        self.rows = {name: Rows.open(folder) for name, (folder, _) in streams.items()}
+        self.rows = {
+            name: rows if isinstance(rows, Rows) else Rows.open(rows)
+            for name, (rows, _) in streams.items()
+        }
+        require_alike(self.rows)
         self._names = list(streams)
         self._cycle = _interleave([self.weights[name] for name in self._names])
         # _before[i, s]: how many of the first i entries of the cycle are of stream s
         one_hot = self._cycle[:, None] == np.arange(len(self._names))
         self._before = np.vstack([np.zeros_like(one_hot[:1], int), one_hot.cumsum(axis=0)])
-        self._check_agreement(streams)
-
-    def _check_agreement(self, streams: Mapping[str, tuple[Path, float]]) -> None:
-        first, *others = self._names
-        for name, rows in self.rows.items():
-            if not len(rows):
-                raise UserError(f"{streams[name][0]} holds no rows.")
-        for key in ("row_len", "vocab"):
-            expected = self.rows[first].manifest[key]
-            for name in others:
-                if (found := self.rows[name].manifest[key]) != expected:
-                    raise UserError(
-                        f"{streams[name][0]} was prepared with {key} {found}, "
-                        f"{streams[first][0]} with {expected}; prepare them alike."
-                    )
 
     @property
     def row_len(self) -> int:
@@ -149,6 +148,22 @@ class RowLoader:
         n_rows = len(self.rows[name])
         epoch, at = divmod(self._used_before(index)[stream], n_rows)
         return name, permuted(at, n_rows, f"{self.seed}/{name}/{epoch}")
+
+
+def require_alike(streams: Mapping[str, Rows]) -> None:
+    """UserError unless every stream has rows, and all of one length and one vocabulary."""
+    first, *others = streams
+    for name, rows in streams.items():
+        if not len(rows):
+            raise UserError(f"The stream {name!r} holds no rows.")
+    for key in ("row_len", "vocab"):
+        expected = streams[first].manifest[key]
+        for name in others:
+            if (found := streams[name].manifest[key]) != expected:
+                raise UserError(
+                    f"The stream {name!r} was prepared with {key} {found}, "
+                    f"{first!r} with {expected}; prepare them alike."
+                )
 
 
 def make_batch(

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openchameleon.data.sources import data_files, file_stamps, read_records
+from openchameleon.data.sources import data_files, file_stamps, named_records
+from openchameleon.data.sources.bad import BadRecords
 from openchameleon.document import Record, Text, documents_of
 from openchameleon.errors import UserError
 from openchameleon.image_io import square
 from openchameleon.recipes.config import STAGES, Recipe, StageConfig
 from openchameleon.tokenizer.mixed import fitted
 from openchameleon.train.image_tokenizer import Pictures
-from openchameleon.world.atlas import PRESETS
 from openchameleon.world.foreign import render_foreign
 from openchameleon.world.render import render
 from openchameleon.world.sample import (
@@ -38,7 +38,7 @@ def fingerprint(recipe: Recipe) -> list[object]:
     Of a folder's, those that are read as data count, by name, size and time.
     """
     if not recipe.data:
-        return [recipe.world, WORLD_VERSION]
+        return [recipe.preset.name, WORLD_VERSION]
     folder = data_folder(recipe.data)
     return file_stamps(data_files(folder), folder)
 
@@ -48,13 +48,21 @@ def data_folder(data: str) -> Path:
     return Path(data).parent if Path(data).is_file() else Path(data)
 
 
+def named(recipe: Recipe) -> Iterator[tuple[str, Record]]:
+    """The records of the data folder that can be used, in their order, by their names in it."""
+    assert recipe.data is not None
+    folder = f"{data_folder(recipe.data)}/"
+    for name, record in named_records(recipe.data, "chat", BadRecords(recipe.bad, recipe.data)):
+        yield name.removeprefix(folder), record
+
+
 def picture_source(recipe: Recipe) -> Pictures:
     """What the image tokenizer learns from: a pure function (step, batch size) -> uint8 batch."""
     return _folder_pictures(recipe) if recipe.data else _world_pictures(recipe)
 
 
 def _world_pictures(recipe: Recipe) -> Pictures:
-    preset = PRESETS[recipe.world]
+    preset = recipe.preset
 
     def batch(step: int, batch_size: int) -> Tensor:
         images = []
@@ -70,12 +78,10 @@ def _world_pictures(recipe: Recipe) -> Pictures:
 
 
 def _folder_pictures(recipe: Recipe) -> Pictures:
-    assert recipe.data is not None
     side = recipe.vq.resolution
-    records = read_records(Path(recipe.data))
     pictures = [
         np.asarray(square(pil, side, fit))
-        for record in records
+        for _, record in named(recipe)
         for document, fit in fitted(record)
         for pil in document.images
     ]
@@ -106,10 +112,10 @@ def foreground(pictures: Tensor) -> Tensor:
 def texts(recipe: Recipe) -> Iterator[str]:
     """The texts that the BPE learns from."""
     if recipe.data:
-        for record in read_records(Path(recipe.data)):
+        for _, record in named(recipe):
             yield from _texts(record)
         return
-    preset = PRESETS[recipe.world]
+    preset = recipe.preset
     # Names alone as well, often: a name should be one piece, whatever stands before it.
     for name in preset.emoji:
         yield from [name, f" {name}"] * NAME_REPEATS
@@ -119,7 +125,7 @@ def texts(recipe: Recipe) -> Iterator[str]:
 def write_shard(recipe: Recipe, name: str, stage: StageConfig, shard: int, folder: Path) -> None:
     """One shard of a stage's samples, as `world sample` writes them; begun anew if half there."""
     shutil.rmtree(folder, ignore_errors=True)
-    preset = PRESETS[recipe.world]
+    preset = recipe.preset
     seed = (recipe.seed * len(STAGES) + STAGES.index(name)) * 4096 + shard
     samples = sample_records(
         preset,

@@ -18,6 +18,7 @@ from openchameleon.vqgan.config import PRESETS as VQ_PRESETS
 def recipe() -> Recipe:
     base = nano.recipe()
     assert base.bind is not None
+    assert base.tune is not None
     bind = replace(
         base.bind,
         train=replace(base.bind.train, steps=2000, batch_size=64, dtype="bfloat16"),

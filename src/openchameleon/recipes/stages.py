@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openchameleon.config import config_hash, to_dict
 from openchameleon.data.loader import RowLoader
 from openchameleon.data.prepare import prepare
+from openchameleon.data.sources.bad import BadRecords
 from openchameleon.data.workers import in_processes
 from openchameleon.errors import UserError
 from openchameleon.evaluation.world import quick_scores
@@ -29,6 +30,8 @@ from openchameleon.pipeline import Chameleon, FolderConfig
 from openchameleon.progress import track
 from openchameleon.recipes import pictures
 from openchameleon.recipes.config import Recipe, StageConfig
+from openchameleon.recipes.marks import is_done, make_once, mark_of
+from openchameleon.recipes.sample import write_sample
 from openchameleon.tokenizer.image import ImageTokenizer
 from openchameleon.tokenizer.mixed import MixedTokenizer
 from openchameleon.tokenizer.text import load_text_tokenizer, train_text_tokenizer
@@ -40,7 +43,7 @@ from openchameleon.train.run_folder import locked
 from openchameleon.vocab import Vocab
 from openchameleon.world.sample import MIXTURE, TEXTS_VERSION
 
-TEXT, IMAGE, MODEL = "tokenizer.model", "image_tokenizer", "model"
+TEXT, IMAGE, MODEL, SAMPLE = "tokenizer.model", "image_tokenizer", "model", "sample"
 
 
 def run_recipe(recipe: Recipe, out: Path) -> Path:
@@ -62,8 +65,8 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     codes = (recipe.vq.n_embed, recipe.vq.n_codes_per_image)
     text = config_hash(recipe.text, MIXTURE, TEXTS_VERSION, *codes, *source)
     image = config_hash(run_hash(recipe.vq, recipe.vq_train), recipe.foreign_pictures, *source)
-    _stage(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
-    _stage(out / IMAGE, image, lambda: train_image(recipe, out, image))
+    make_once(out / TEXT, text, lambda: train_text(recipe, out / TEXT))
+    make_once(out / IMAGE, image, lambda: train_image(recipe, out, image))
     tokenizers = config_hash(text, image, recipe.row_len, recipe.picture_first)
     before: Path | None = None
     for name, stage in recipe.stages().items():
@@ -73,7 +76,11 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     tokenizer = load_tokenizer(recipe, out)
     model = Transformer(model_config(recipe))
     load_weights(model, before)
-    Chameleon(folder_config(recipe), model, tokenizer).save(out / MODEL, dtype="bfloat16")
+    chameleon = Chameleon(folder_config(recipe), model, tokenizer)
+    chameleon.save(out / MODEL, dtype="bfloat16")
+    if recipe.data:
+        shown, mark = pictures.named(recipe), checkpoint_hash(before)
+        make_once(out / SAMPLE, mark, lambda: write_sample(chameleon, shown, out / SAMPLE))
     return out / MODEL
 
 
@@ -92,6 +99,14 @@ def seeded(recipe: Recipe) -> Recipe:
 def device() -> str:
     """Where the training runs: the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def code_ids(vocab: Vocab) -> Tensor:
+    """(V,) bool: which ids are codes."""
+    ids = torch.zeros(vocab.size, dtype=torch.bool)
+    for codes in vocab.code_ranges:
+        ids[codes.first_id : codes.stop_id] = True
+    return ids
 
 
 def vocab_of(recipe: Recipe) -> Vocab:
@@ -166,7 +181,7 @@ def prepare_shard(
 ) -> Path:
     """Samples one shard into a folder of records and pictures, and packs it into rows."""
     rows = out / "rows" / f"{name}-{shard:03}"
-    if _is_done(rows, mark):
+    if is_done(rows, mark):
         return rows
     shutil.rmtree(rows, ignore_errors=True)  # whole, but not marked: of a run that was cut off
     source = Path(recipe.data) if recipe.data else out / "samples" / f"{name}-{shard:03}"
@@ -175,12 +190,20 @@ def prepare_shard(
             name, shard, pictures.fingerprint(recipe), recipe.seed, stage.mixture,
             stage.shard_size, stage.foreign_share,
         )  # fmt: skip
-        if not _is_done(source, made_by):
+        if not is_done(source, made_by):
             pictures.write_shard(recipe, name, stage, shard, source)
-            _mark_of(source).write_text(made_by)
+            mark_of(source).write_text(made_by)
     tokenizer = load_tokenizer(recipe, out)
-    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only)
-    _mark_of(rows).write_text(mark)
+    listing = rows.with_name(f"{rows.name}.bad.jsonl")
+    listing.unlink(missing_ok=True)
+    bad = BadRecords(recipe.bad, str(source), listing)
+    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only, bad=bad)
+    if bad.n_bad:
+        print(
+            f"{source}: {bad.n_bad} of {bad.n_records} records are left out, see {listing}",
+            file=sys.stderr,
+        )
+    mark_of(rows).write_text(mark)
     return rows
 
 
@@ -196,9 +219,6 @@ def train_stage(
         load_weights(model, before)
     streams = {path.name: (path, 1.0) for path in rows}
     loader = RowLoader(streams, stage.train.batch_size, stage.train.seed)
-    is_code = torch.zeros(config.vocab_size, dtype=torch.bool)
-    image = vocab_of(recipe).image
-    is_code[image.first_id : image.stop_id] = True
     run = out / "runs" / name
     checkpoint = fit(
         model.to(device()),
@@ -206,7 +226,7 @@ def train_stage(
         stage.train,
         stage.optim,
         run,
-        is_code=is_code,
+        is_code=code_ids(vocab_of(recipe)),
         hooks=_hooks(recipe, out),
         begun_from=checkpoint_hash(before) if before else None,
     )
@@ -221,7 +241,7 @@ def _hooks(recipe: Recipe, out: Path) -> dict[str, Callable[[Transformer, int], 
     config, tokenizer = folder_config(recipe), load_tokenizer(recipe, out)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
-        return quick_scores(Chameleon(config, model, tokenizer), recipe.world)
+        return quick_scores(Chameleon(config, model, tokenizer), recipe.preset.name)
 
     return {"world": score}
 
@@ -233,33 +253,3 @@ def load_weights(model: Transformer, checkpoint: Path) -> None:
     model.load_state_dict(
         {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     )
-
-
-def _mark_of(path: Path) -> Path:
-    return path.with_name(path.name + ".made-by")
-
-
-def _is_done(path: Path, mark: str) -> bool:
-    """Whether the stage's output is there. UserError if another config made it."""
-    file = _mark_of(path)
-    if not path.exists():
-        file.unlink(missing_ok=True)  # what is made now may be cut off half-way
-    if not file.exists():
-        return False
-    if file.read_text() != mark:
-        raise UserError(
-            f"{path} was made with another config; remove it to make it again, or give another "
-            "--out."
-        )
-    return True
-
-
-def _stage(path: Path, mark: str, make: Callable[[], object]) -> None:
-    """Makes `path` unless it is made; says so."""
-    if _is_done(path, mark):
-        print(f"{path}: done before", file=sys.stderr)
-        return
-    start = time.monotonic()
-    make()
-    _mark_of(path).write_text(mark)
-    print(f"{path}: done in {time.monotonic() - start:.0f} s", file=sys.stderr)

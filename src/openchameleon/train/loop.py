@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.config import to_dict
-from openchameleon.data.loader import RowLoader
+from openchameleon.data.loader import Loader
 from openchameleon.errors import Stopped, UserError
 from openchameleon.model.transformer import Transformer
 from openchameleon.progress import Progress
@@ -89,7 +89,7 @@ _FREE = {"threads", "log_every", "save_every", "eval_every", "keep"}
 
 def fit(
     model: Transformer,
-    loader: RowLoader,
+    loader: Loader,
     config: TrainConfig,
     optim: OptimConfig,
     run_folder: Path,
@@ -137,7 +137,7 @@ class _Run:
     def __init__(
         self,
         model: Transformer,
-        loader: RowLoader,
+        loader: Loader,
         config: TrainConfig,
         optim: OptimConfig,
         folder: Path,
@@ -273,7 +273,7 @@ class _Run:
 
 
 def _identity(
-    model: Transformer, loader: RowLoader, config: TrainConfig, optim: OptimConfig
+    model: Transformer, loader: Loader, config: TrainConfig, optim: OptimConfig
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed, as JSON data."""
     return {

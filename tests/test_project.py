@@ -71,7 +71,7 @@ def test_every_command_explains_itself_without_torch() -> None:
         "print(codes, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[0, 0, 0, 0, 0, 0, 0] False\n"), done.stdout
+    assert done.stdout.endswith("[0, 0, 0, 0, 0, 0, 0, 0] False\n"), done.stdout
 
 
 def test_importing_the_package_and_documents_imports_no_torch() -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",
+    "prepare": "pictures, texts and code into rows of token ids to train on",
     "train": "run a training recipe",
     "evaluate": "score a model",
     "convert": "checkpoints: Meta's, Hugging Face's and ours, each to each",

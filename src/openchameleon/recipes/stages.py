@@ -7,14 +7,10 @@ stage whose mark is right is skipped, so the same command goes on wherever it wa
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from openchameleon.data.loader import RowLoader
 from openchameleon.data.prepare import prepare
 from openchameleon.data.sources import count_records
 from openchameleon.data.sources.bad import BadRecords
+from openchameleon.data.workers import in_processes
 from openchameleon.errors import UserError
 from openchameleon.evaluation.world import quick_scores
 from openchameleon.model.config import ModelConfig
@@ -221,28 +218,11 @@ def prepare_rows(
     n_shards = stage.n_shards
     jobs = [(recipe, name, stage, out, mark, shard) for shard in range(n_shards)]
     if recipe.workers > 1 and n_shards > 1:
-        # Not forked: torch's threads do not survive a fork.
-        with get_context("spawn").Pool(recipe.workers, _end_with, (os.getpid(),)) as pool:
-            done = pool.imap(_prepare_shard, jobs)
-            rows = list(track(done, f"prepare {name}", n_shards, "shards"))
+        done = in_processes(_prepare_shard, jobs, recipe.workers)
+        rows = list(track(done, f"prepare {name}", n_shards, "shards"))
     else:
         rows = [prepare_shard(*job) for job in jobs]
     return dict.fromkeys(rows, 1.0)
-
-
-def _end_with(parent: int) -> None:
-    """Sets up a worker: one thread, since they share the cores, and no life after its parent's.
-
-    One that goes on after a kill would write beside the workers of the run that takes over.
-    """
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int]) -> Path:

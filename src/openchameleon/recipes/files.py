@@ -5,7 +5,8 @@
 From files to a BPE, an image tokenizer, packed rows, a model, and a page of what it writes
 (`runs/mine/sample/sample.md`).
 
-Hardware: two CPU cores. Time: @@.
+Hardware: one CPU core. Time: under 8 minutes for 4 MB of files. Losses after it, and what the page
+shows: docs/training.md.
 """
 
 from __future__ import annotations

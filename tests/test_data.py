@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import VOCAB, Letters
 
 from openchameleon.data.loader import RowLoader, make_batch, permuted
 from openchameleon.data.pack import (
@@ -31,32 +32,6 @@ from openchameleon.errors import UserError
 from openchameleon.files import sha256_of
 from openchameleon.train.run_folder import claim
 from openchameleon.vocab import Vocab
-
-VOCAB = Vocab.compact(n_codes=8, codes_per_item=4, n_text=256)
-
-
-class Letters:
-    """A tokenizer of ASCII text whose pictures are four zero codes."""
-
-    vocab = VOCAB
-
-    def encode_many(self, records: Sequence[Record], answers_only: bool) -> list[Encoded]:
-        return [self._encode(record, answers_only) for record in records]
-
-    def _encode(self, record: Record, answers_only: bool) -> Encoded:
-        turns = record.messages if isinstance(record, Conversation) else None
-        parts = [(t.document, t.role) for t in turns] if turns else [(record, "assistant")]
-        ids, mask = [VOCAB.bos_id], [False]
-        for document, role in parts:
-            for s in document:
-                more = (
-                    [VOCAB.text_start + ord(c) for c in s.text]
-                    if isinstance(s, Text)
-                    else VOCAB.image.ids_from_codes([0] * 4)
-                )
-                ids += more
-                mask += [role == "assistant" or not answers_only] * len(more)
-        return [*ids, VOCAB.eos_id], [*mask, True]
 
 
 def picture(path: Path, colour: str = "red") -> None:

@@ -153,7 +153,7 @@ def test_what_was_half_made_again_is_not_done(
 
 def test_a_folder_in_use_is_refused(run: tuple[Recipe, Path, Path]) -> None:
     recipe, out, _ = run
-    with locked(out), pytest.raises(UserError, match="is being trained by process"):
+    with locked(out), pytest.raises(UserError, match="is in use by process"):
         run_recipe(recipe, out)
 
 
@@ -163,9 +163,9 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         "from multiprocessing import get_context\n"
         "from pathlib import Path\n"
         "import os\n"
-        "from openchameleon.recipes.stages import _end_with\n"
+        "from openchameleon.data.workers import end_with\n"
         "if __name__ == '__main__':\n"
-        "    pool = get_context('spawn').Pool(1, _end_with, (os.getpid(),))\n"
+        "    pool = get_context('spawn').Pool(1, end_with, (os.getpid(),))\n"
         "    print(pool.apply(os.getpid), flush=True)\n"
         "    pool.apply(time.sleep, (60,))\n"
     )
@@ -240,6 +240,17 @@ def test_recipe_files_load(tmp_path: Path) -> None:
         "def recipe():\n    return replace(nano(), name='mine')\n"
     )
     assert load_recipe(str(as_python)).name == "mine"
+
+
+def test_a_recipe_file_with_impossible_values_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from openchameleon.recipes.debug_cpu import recipe as debug\n"
+        "from dataclasses import replace\n"
+        "def recipe():\n    return replace(debug(), switch_at=2.0)\n"
+    )
+    with pytest.raises(UserError, match=r"mine.py: switch_at = 2.0 must lie in"):
+        load_recipe(str(file))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 class Progress:
-    """One line, redrawn in place on a terminal, printed every 30 s elsewhere; silent under 2 s."""
+    """One line, redrawn in place on a terminal, printed every 30 s elsewhere; silent under 2 s.
+
+    total: 0 where it is not known.
+    """
 
     def __init__(
         self, label: str, total: int, unit: str = "", done: int = 0, silent: bool = False
@@ -45,10 +48,9 @@ class Progress:
         self._shown, self._wrote = now, True
         rate = (self.done - self._start_done) / max(now - self._start, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        line = (
-            f"{self.label}: {self.done}/{self.total} {self.unit}"
-            f" | {rate:.3g}/s | {_clock(left)} left {self._note}"
-        )
+        known = f" | {_clock(left)} left" if self.total else ""
+        of = f"/{self.total}" if self.total else ""
+        line = f"{self.label}: {self.done}{of} {self.unit} | {rate:.3g}/s{known} {self._note}"
         sys.stderr.write(f"\r\x1b[2K{line}" if self._tty else f"{line}\n")
         sys.stderr.flush()
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",
+    "prepare": "pictures, texts and code into rows of token ids to train on",
     "train": "run a training recipe",
     "rewind": "take a training back to an earlier step, and past some batches",
     "plan": "what a training needs: memory, GPU-hours, tokens a second, cost",

@@ -125,6 +125,7 @@ def write_rows(
         "pad_id": vocab.pad_id,
         "vocab": config_hash(vocab.to_dict()),
         "code_ranges": [asdict(r) for r in vocab.code_ranges],
+        "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
         "sha256": {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS},
     }
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from openchameleon.data.pack import Encoded, pack, save_manifest, write_rows
 from openchameleon.data.sources import count_records, named_records
 from openchameleon.data.sources.bad import BadRecords
-from openchameleon.document import Document, Record
+from openchameleon.document import Document, Record, documents_of
 from openchameleon.errors import UserError
+from openchameleon.files import sync_file, sync_folder
 from openchameleon.progress import Progress
 from openchameleon.vocab import Vocab
+
+PIXELS_HELD = 64 << 20  # of the pictures of records that wait to be encoded: 192 MiB
 
 
 class RecordTokenizer(Protocol):
@@ -55,22 +58,31 @@ def prepare(
         named = ((f"Record {n}", record) for n, record in enumerate(source, 1))
     progress = Progress("prepare", n_records, "records")
     encoded = encode(named, tokenizer, row_len, answers_only, batch, bad, progress)
+    with whole(out) as folder:
+        manifest = write_rows(pack(encoded, row_len), folder, row_len, tokenizer.vocab)
+        if not manifest["n_rows"]:
+            raise UserError("There is nothing to prepare: the source has no records.")
+        save_manifest(folder, manifest)
+    return manifest
 
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder to write into, which is `out` at the end; none is left where anything fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f"{out.name}.tmp-*"):
         shutil.rmtree(stale)
     temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        manifest = write_rows(pack(encoded, row_len), temporary, row_len, tokenizer.vocab)
-        if not manifest["n_rows"]:
-            raise UserError("There is nothing to prepare: the source has no records.")
-        save_manifest(temporary, manifest)
+        yield temporary
+        for file in temporary.iterdir():
+            sync_file(file)
         temporary.rename(out)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return manifest
 
 
 def encode(
@@ -82,12 +94,18 @@ def encode(
     bad: BadRecords,
     progress: Progress,
 ) -> Iterator[Encoded]:
-    """Documents that fit in a row, `batch` of the named records at a time and no more held."""
-    remaining = iter(records)
+    """Documents that fit in a row, at most `batch` of the named records held at a time.
+
+    A text longer than a row becomes several; another such record, or one that the tokenizer
+    refuses, is a bad one.
+    """
     done = 0
-    while chunk := list(islice(remaining, batch)):
-        encoded = tokenizer.encode_many([record for _, record in chunk], answers_only)
-        for (name, record), (ids, mask) in zip(chunk, encoded, strict=True):
+    for chunk in _batches(records, batch):
+        encoded = _encoded(chunk, tokenizer, answers_only, bad)
+        for (name, record), tokens in zip(chunk, encoded, strict=True):
+            if tokens is None:
+                continue
+            ids, mask = tokens
             if len(ids) <= row_len:
                 yield ids, mask
             elif isinstance(record, Document) and not record.images:
@@ -97,6 +115,40 @@ def encode(
         done += len(chunk)
         progress.update(done)
     progress.close()
+
+
+def _batches(
+    records: Iterable[tuple[str, Record]], batch: int
+) -> Iterator[list[tuple[str, Record]]]:
+    """So many named records, fewer where their pictures are large."""
+    held: list[tuple[str, Record]] = []
+    n_pixels = 0
+    for name, record in records:
+        held.append((name, record))
+        pictures = (p for document in documents_of(record) for p in document.images)
+        n_pixels += sum(p.width * p.height for p in pictures)
+        if len(held) == batch or n_pixels >= PIXELS_HELD:
+            yield held
+            held, n_pixels = [], 0
+    if held:
+        yield held
+
+
+def _encoded(
+    chunk: Sequence[tuple[str, Record]],
+    tokenizer: RecordTokenizer,
+    answers_only: bool,
+    bad: BadRecords,
+) -> Sequence[Encoded | None]:
+    """The tokens of each record, None for one that the tokenizer refuses."""
+    try:
+        return tokenizer.encode_many([record for _, record in chunk], answers_only)
+    except UserError as error:
+        if len(chunk) > 1:  # one of them, and the others shall not suffer
+            return [_encoded([one], tokenizer, answers_only, bad)[0] for one in chunk]
+        name = chunk[0][0]
+        bad.refuse(name, UserError(f"{name}: {error}"))
+        return [None]
 
 
 def _cut(ids: Sequence[int], mask: Sequence[int], row_len: int) -> Iterator[Encoded]:

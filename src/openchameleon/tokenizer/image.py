@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,13 @@ class ImageTokenizer:
         """Moves the model; returns itself."""
         self.model.to(device)
         return self
+
+    def fingerprint(self) -> str:
+        """Hex digits that change with the weights, the sizes and the way to pixels."""
+        digest = hashlib.sha256(f"{config_io.config_hash(self.config)} {self.as_hub}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def preprocess(self, picture: PIL.Image.Image, fit: Fit = "crop") -> Tensor:
         """A picture of any size -> float32 pixels (3, P, P) in [-1, 1]; for `fit` see `square`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
+from openchameleon.config import config_hash
 from openchameleon.document import Conversation, Document, Image, Record, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import Fit, to_rgb
@@ -55,6 +56,12 @@ class MixedTokenizer:
                     f"The image tokenizer writes {image.n_codes} codes out of"
                     f" {image.codebook_size} a picture, the vocabulary (codes, out of) {room}."
                 )
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with all that its ids depend on."""
+        image = self.image.fingerprint() if self.image else None
+        layout = (self.vocab.to_dict(), self.picture_first)
+        return config_hash(*layout, self.text.fingerprint(), image)
 
     def encode(self, document: Document) -> list[int]:
         """The ids of text and pictures in order, without begin and end of sequence.

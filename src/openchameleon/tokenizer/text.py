@@ -14,9 +14,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from openchameleon.errors import UserError
+from openchameleon.files import sha256_of
 from openchameleon.vocab import Vocab
 
 _MARK = "\u2581"  # what sentencepiece writes for a space
@@ -65,6 +67,12 @@ class TextTokenizer(ABC):
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Writes the one file that `load_text_tokenizer` reads."""
+
+    def fingerprint(self) -> str:
+        """Hex digits that change with what `save` writes."""
+        with TemporaryDirectory() as folder:
+            self.save(file := Path(folder) / "tokenizer")
+            return sha256_of(file)
 
 
 class SentencePieceTokenizer(TextTokenizer):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from openchameleon.errors import UserError
+from openchameleon.files import locked as locked
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -72,30 +71,6 @@ def warn_if_elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> None
             "not bit for bit as it would have there.",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second trainer; UserError says who holds it.
-
-    The system drops the lock of a process that ends in any way, so that none is ever stale.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read() or "another process"
-            raise UserError(f"{folder} is being trained by {holder}; wait for its end.") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def stopped_text(signal_name: str, step: int) -> str:

@@ -11,6 +11,9 @@ from openchameleon.image_io import MAX_BYTES, open_image
 if TYPE_CHECKING:
     import PIL.Image
 
+VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "mtime")
+"""What file systems call that which changes with a file's content."""
+
 
 def is_remote(location: str) -> bool:
     return "://" in location
@@ -80,7 +83,7 @@ def stamp(location: str) -> list[object]:
         return [stat.st_size, stat.st_mtime_ns]
     files, path = _remote(location)
     info = files.info(path)
-    version = next((info[k] for k in ("ETag", "etag", "md5Hash", "mtime") if k in info), None)
+    version = next((info[k] for k in VERSIONS if k in info), None)
     return [info["size"], None if version is None else str(version)]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from openchameleon.cli.main import main
 from openchameleon.config import to_dict
+from openchameleon.data.pack import Rows
 from openchameleon.document import Conversation, Document, Image, Message, Record, Text
 from openchameleon.pipeline import Chameleon
 from openchameleon.recipes import load_recipe
@@ -75,7 +76,7 @@ def test_one_command_goes_from_files_to_a_written_sample(
     told = capsys.readouterr()
     assert f"What it writes is in {out}/sample/sample.md" in told.out
     assert "1 of 11 records are left out" in told.err
-    assert "empty.py" in (out / "rows" / "pretrain-000.bad.jsonl").read_text()
+    assert "empty.py" in (out / "rows" / "pretrain-texts.bad.jsonl").read_text()
 
     page = (out / "sample" / "sample.md").read_text()
     for record in ("## bisect.py", "## notes.md", "## pictures/"):
@@ -84,6 +85,9 @@ def test_one_command_goes_from_files_to_a_written_sample(
     shown = {picture.name for picture in (out / "sample").glob("*.png")}
     assert shown == {"image-1.png", "image-2.png"}  # one that was given, one that was drawn
     assert all(name in page for name in shown)
+    pictures, texts = (Rows.open(out / "rows" / f"pretrain-{k}") for k in ("pictures", "texts"))
+    assert pictures.manifest["n_documents"] == 6
+    assert texts.manifest["n_documents"] >= 4  # those that are longer than a row are cut
     model = Chameleon.from_pretrained(out / "model")
     assert model.generate("A cat.", mode="image", seed=0).images[0].size == (16, 16)
 

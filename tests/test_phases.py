@@ -23,7 +23,7 @@ SECOND = {"text": 1.5, "pairs": 0.5, "better": 2.0}
 
 def make_rows(folder: Path, n: int, row_len: int = 4) -> Path:
     folder.mkdir(parents=True)
-    rows = [[([0, i, 2], [0, 1, 1])] for i in range(n)]
+    rows = [[([0, VOCAB.text_start + i, 2], [0, 1, 1])] for i in range(n)]
     save_manifest(folder, write_rows(rows, folder, row_len, VOCAB))
     return folder
 

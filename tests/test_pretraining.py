@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openchameleon.cli.main import main
 from openchameleon.config import from_dict, override, to_dict
 from openchameleon.data.phases import Phase
 from openchameleon.data.prepare import prepare
@@ -171,7 +172,9 @@ def test_a_run_may_begin_with_a_models_weights(
     assert Chameleon.from_pretrained(folder).config.outputs == start.config.outputs
 
 
-def test_a_folder_of_tokenizers_alone_is_enough(model_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_tokenizers_alone_prepares_and_trains(
+    model_folder: Path, debug: Pretraining, tmp_path: Path
+) -> None:
     whole, alone = load_tokenizer(model_folder), tmp_path / "tokenizers"
     alone.mkdir()
     whole.text.save(alone / "tokenizer.model")
@@ -180,6 +183,18 @@ def test_a_folder_of_tokenizers_alone_is_enough(model_folder: Path, tmp_path: Pa
     found = load_tokenizer(alone)
     assert found.vocab == whole.vocab
     assert found.encode(Document([Text("a cat")])) == whole.encode(Document([Text("a cat")]))
+
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the cat is at the top of the pizza\n" * 40)
+    command = ["prepare", str(tmp_path / "texts"), "--model", str(alone), "--row-len", "64"]
+    assert main([*command, "--out", str(tmp_path / "rows"), "--workers", "1"]) == 0
+    recipe = replace(
+        override(debug, [f"tokenizer={alone}", "train.steps=2", "model.max_seq_len=64"]),
+        streams={"text": str(tmp_path / "rows")},
+        first={"text": 1.0},
+    )
+    model = Chameleon.from_pretrained(run_recipe(recipe, tmp_path / "out"))
+    assert model.config.vocab == whole.vocab
 
 
 @pytest.mark.parametrize(

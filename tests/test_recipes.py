@@ -242,6 +242,17 @@ def test_recipe_files_load(tmp_path: Path) -> None:
     assert load_recipe(str(as_python)).name == "mine"
 
 
+def test_a_recipe_file_with_impossible_values_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from openchameleon.recipes.debug_cpu import recipe as debug\n"
+        "from dataclasses import replace\n"
+        "def recipe():\n    return replace(debug(), switch_at=2.0)\n"
+    )
+    with pytest.raises(UserError, match=r"mine.py: switch_at = 2.0 must lie in"):
+        load_recipe(str(file))
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'nano'"):
         load_recipe("nanoo")

@@ -45,7 +45,11 @@ def load_recipe(name_or_path: str) -> Recipe | Pretraining:
             return from_dict(Recipe, data)
     elif path.suffix == ".py":
         make = runpy.run_path(str(path)).get("recipe")
-        if callable(make) and isinstance(recipe := make(), Recipe | Pretraining):
+        try:
+            recipe = make() if callable(make) else None
+        except ValueError as error:  # of a config's own checks
+            raise UserError(f"{path}: {error}") from error
+        if isinstance(recipe, Recipe | Pretraining):
             return recipe
     raise UserError(
         f"{path} is no recipe: give a .json file of one, or a .py file whose recipe() returns one."

@@ -56,11 +56,12 @@ class Recipe:
 
     world: the preset that samples come from; `data`: a folder of records, or of pictures, texts and
     code, used in its place, for every stage; one of the two must be given. bad: what becomes of
-    records in `data` that cannot be used. foreign_pictures: share of the image tokenizer's pictures
-    drawn by other means. row_len: tokens in a packed row. bind: a first, short stage on the densest
-    mixture, in which names bind to codes (docs/LOG.md), if there is one; tune: a last one, if there
-    is one. picture_first: the only picture of a user's turn is read before its words, in training
-    and in the model that is made.
+    records in `data` that cannot be used. picture_share: the share of the rows of a batch that hold
+    records with pictures, where `data` has both kinds; None mixes them as they come.
+    foreign_pictures: share of the image tokenizer's pictures drawn by other means. row_len: tokens
+    in a packed row. bind: a first, short stage on the densest mixture, in which names bind to codes
+    (docs/LOG.md), if there is one; tune: a last one, if there is one. picture_first: the only
+    picture of a user's turn is read before its words, in training and in the model that is made.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Recipe:
     seed: int = 0
     data: str | None = None
     bad: BadPolicy = field(default_factory=BadPolicy)
+    picture_share: float | None = None
     foreign_pictures: float = 0.2
     workers: int = 2
     picture_first: bool = True
@@ -84,6 +86,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.world is not None and self.world not in PRESETS:
             raise ValueError(f"world = {self.world!r} is not one of {', '.join(PRESETS)}.")
+        if self.picture_share is not None and not 0.0 < self.picture_share < 1.0:
+            raise ValueError(f"picture_share = {self.picture_share} must lie between 0 and 1.")
         for name, stage in self.stages().items():
             for task in stage.mixture:
                 if task not in TASKS:

@@ -5,7 +5,8 @@
 From files to a BPE, an image tokenizer, packed rows, a model, and a page of what it writes
 (`runs/mine/sample/sample.md`).
 
-Hardware: two CPU cores. Time: @@.
+Hardware: one CPU core. Time: under 8 minutes for 4 MB of files. Losses after it, and what the page
+shows: docs/training.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def recipe() -> Recipe:
         name="files",
         world=None,
         bad=BadPolicy("skip", limit=0.1),
+        picture_share=0.5,
         text=TextConfig(n_text=2048),
         vq=VQConfig(
             ch=32,

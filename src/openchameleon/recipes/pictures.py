@@ -48,12 +48,32 @@ def data_folder(data: str) -> Path:
     return Path(data).parent if Path(data).is_file() else Path(data)
 
 
-def named(recipe: Recipe) -> Iterator[tuple[str, Record]]:
+def named(recipe: Recipe, bad: BadRecords | None = None) -> Iterator[tuple[str, Record]]:
     """The records of the data folder that can be used, in their order, by their names in it."""
     assert recipe.data is not None
     folder = f"{data_folder(recipe.data)}/"
-    for name, record in named_records(recipe.data, "chat", BadRecords(recipe.bad, recipe.data)):
+    bad = bad or BadRecords(recipe.bad, recipe.data)
+    for name, record in named_records(recipe.data, "chat", bad):
         yield name.removeprefix(folder), record
+
+
+def of_kind(recipe: Recipe, bad: BadRecords, pictured: bool) -> Iterator[Record]:
+    """Those with pictures, or those without."""
+    return (record for _, record in named(recipe, bad) if _has_pictures(record) == pictured)
+
+
+def has_both_kinds(recipe: Recipe) -> bool:
+    """Whether there are records with pictures and records without."""
+    seen = set()
+    for _, record in named(recipe):
+        seen.add(_has_pictures(record))
+        if len(seen) == 2:
+            return True
+    return False
+
+
+def _has_pictures(record: Record) -> bool:
+    return any(document.images for document in documents_of(record))
 
 
 def picture_source(recipe: Recipe) -> Pictures:

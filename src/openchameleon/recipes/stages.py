@@ -20,6 +20,7 @@ from torch import Tensor
 from openchameleon.config import config_hash, to_dict
 from openchameleon.data.loader import RowLoader
 from openchameleon.data.prepare import prepare
+from openchameleon.data.sources import count_records
 from openchameleon.data.sources.bad import BadRecords
 from openchameleon.data.workers import in_processes
 from openchameleon.errors import UserError
@@ -70,7 +71,8 @@ def _run_stages(recipe: Recipe, out: Path) -> Path:
     tokenizers = config_hash(text, image, recipe.row_len, recipe.picture_first)
     before: Path | None = None
     for name, stage in recipe.stages().items():
-        rows = prepare_rows(recipe, name, stage, out, tokenizers)
+        prepare_streams = prepare_data if recipe.data else prepare_rows
+        rows = prepare_streams(recipe, name, stage, out, tokenizers)
         before = train_stage(recipe, name, stage, out, rows, before)
     assert before is not None
     tokenizer = load_tokenizer(recipe, out)
@@ -158,57 +160,104 @@ def load_tokenizer(recipe: Recipe, out: Path) -> MixedTokenizer:
     return MixedTokenizer(vocab_of(recipe), text, image, recipe.picture_first)
 
 
+def prepare_data(
+    recipe: Recipe, name: str, stage: StageConfig, out: Path, tokenizers: str
+) -> dict[Path, float]:
+    """Packed rows of the data folder, with their weights.
+
+    `picture_share` makes two streams: of the records with pictures, and of those without.
+    """
+    mark = config_hash(
+        tokenizers, name, pictures.fingerprint(recipe), recipe.seed, stage.answers_only
+    )
+    share = recipe.picture_share
+    parts: dict[str, tuple[bool | None, float]] = {"000": (None, 1.0)}
+    if share is not None and pictures.has_both_kinds(recipe):
+        parts = {"pictures": (True, share), "texts": (False, 1 - share)}
+    rows = {}
+    for part, (pictured, weight) in parts.items():
+        folder = out / "rows" / f"{name}-{part}"
+        rows[folder] = weight
+        if not is_done(folder, mark):
+            _prepare_part(recipe, stage, out, folder, pictured)
+            mark_of(folder).write_text(mark)
+    return rows
+
+
+def _prepare_part(
+    recipe: Recipe, stage: StageConfig, out: Path, rows: Path, pictured: bool | None
+) -> None:
+    """Packs the records of the data folder that have pictures, have none, or (None) all."""
+    assert recipe.data is not None
+    shutil.rmtree(rows, ignore_errors=True)  # whole, but not marked: of a run that was cut off
+    listing = rows.with_name(f"{rows.name}.bad.jsonl")
+    listing.unlink(missing_ok=True)
+    bad = BadRecords(recipe.bad, recipe.data, listing)
+    prepare(
+        Path(recipe.data) if pictured is None else pictures.of_kind(recipe, bad, pictured),
+        load_tokenizer(recipe, out),
+        rows,
+        recipe.row_len,
+        answers_only=stage.answers_only,
+        n_records=count_records(recipe.data),
+        bad=bad,
+    )
+    if bad.n_bad:
+        print(
+            f"{recipe.data}: {bad.n_bad} of {bad.n_records} records are left out, see {listing}",
+            file=sys.stderr,
+        )
+
+
 def prepare_rows(
     recipe: Recipe, name: str, stage: StageConfig, out: Path, tokenizers: str
-) -> list[Path]:
-    """Packed rows of the stage's data, shard by shard in `workers` processes."""
+) -> dict[Path, float]:
+    """Packed rows of the samples, shard by shard in `workers` processes, all of weight 1."""
     data = (stage.mixture, stage.shard_size, stage.answers_only, stage.foreign_share)
     mark = config_hash(tokenizers, name, pictures.fingerprint(recipe), recipe.seed, *data)
-    n_shards = 1 if recipe.data else stage.n_shards
-    jobs = [(recipe, name, stage, out, mark, shard, n_shards) for shard in range(n_shards)]
+    n_shards = stage.n_shards
+    jobs = [(recipe, name, stage, out, mark, shard) for shard in range(n_shards)]
     if recipe.workers > 1 and n_shards > 1:
         done = in_processes(_prepare_shard, jobs, recipe.workers)
-        return list(track(done, f"prepare {name}", n_shards, "shards"))
-    return [prepare_shard(*job) for job in jobs]
+        rows = list(track(done, f"prepare {name}", n_shards, "shards"))
+    else:
+        rows = [prepare_shard(*job) for job in jobs]
+    return dict.fromkeys(rows, 1.0)
 
 
-def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int, int]) -> Path:
+def _prepare_shard(job: tuple[Recipe, str, StageConfig, Path, str, int]) -> Path:
     return prepare_shard(*job)
 
 
 def prepare_shard(
-    recipe: Recipe, name: str, stage: StageConfig, out: Path, mark: str, shard: int, n_shards: int
+    recipe: Recipe, name: str, stage: StageConfig, out: Path, mark: str, shard: int
 ) -> Path:
     """Samples one shard into a folder of records and pictures, and packs it into rows."""
     rows = out / "rows" / f"{name}-{shard:03}"
     if is_done(rows, mark):
         return rows
-    shutil.rmtree(rows, ignore_errors=True)  # whole, but not marked: of a run that was cut off
-    source = Path(recipe.data) if recipe.data else out / "samples" / f"{name}-{shard:03}"
-    if not recipe.data:
-        made_by = config_hash(
-            name, shard, pictures.fingerprint(recipe), recipe.seed, stage.mixture,
-            stage.shard_size, stage.foreign_share,
-        )  # fmt: skip
-        if not is_done(source, made_by):
-            pictures.write_shard(recipe, name, stage, shard, source)
-            mark_of(source).write_text(made_by)
+    shutil.rmtree(rows, ignore_errors=True)  # as in `_prepare_part`
+    source = out / "samples" / f"{name}-{shard:03}"
+    made_by = config_hash(
+        name, shard, pictures.fingerprint(recipe), recipe.seed, stage.mixture,
+        stage.shard_size, stage.foreign_share,
+    )  # fmt: skip
+    if not is_done(source, made_by):
+        pictures.write_shard(recipe, name, stage, shard, source)
+        mark_of(source).write_text(made_by)
     tokenizer = load_tokenizer(recipe, out)
-    listing = rows.with_name(f"{rows.name}.bad.jsonl")
-    listing.unlink(missing_ok=True)
-    bad = BadRecords(recipe.bad, str(source), listing)
-    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only, bad=bad)
-    if bad.n_bad:
-        print(
-            f"{source}: {bad.n_bad} of {bad.n_records} records are left out, see {listing}",
-            file=sys.stderr,
-        )
+    prepare(source, tokenizer, rows, recipe.row_len, answers_only=stage.answers_only)
     mark_of(rows).write_text(mark)
     return rows
 
 
 def train_stage(
-    recipe: Recipe, name: str, stage: StageConfig, out: Path, rows: list[Path], before: Path | None
+    recipe: Recipe,
+    name: str,
+    stage: StageConfig,
+    out: Path,
+    rows: dict[Path, float],
+    before: Path | None,
 ) -> Path:
     """Trains the transformer for one stage; returns its last checkpoint."""
     config = model_config(recipe)
@@ -217,7 +266,7 @@ def train_stage(
         model.init_weights(recipe.seed)
     else:
         load_weights(model, before)
-    streams = {path.name: (path, 1.0) for path in rows}
+    streams = {path.name: (path, weight) for path, weight in rows.items()}
     loader = RowLoader(streams, stage.train.batch_size, stage.train.seed)
     run = out / "runs" / name
     checkpoint = fit(

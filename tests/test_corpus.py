@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -245,15 +246,32 @@ def test_texts_that_are_nearly_equal_are_kept_once(tmp_path: Path) -> None:
 
 
 def test_processes_and_datatroves_executor_write_the_same_bytes(tmp_path: Path) -> None:
-    from openchameleon.data.engine import on_cluster
+    import dill
+
+    from openchameleon.data.engine import ShardStep, on_cluster
 
     source = write_texts(tmp_path / "s", 12)
     manifest = prepared(source, tmp_path / "here")
     for name, run in [("processes", local(2)), ("engine", on_cluster("local", 1))]:
         assert prepare_corpus(plan(source, tmp_path / name), run) == manifest
         assert sums(tmp_path / name) == sums(tmp_path / "here")
+    step = ShardStep(plan(source, tmp_path / "x"), "prepare", [0])
+    assert dill.loads(dill.dumps(step)).corpus == step.corpus  # as Slurm's tasks get it
+
+
+def test_what_a_cluster_lacks_is_said(tmp_path: Path) -> None:
+    from openchameleon.data.engine import on_cluster
+
+    source = write_texts(tmp_path / "s", 2)
     with pytest.raises(UserError, match="does not take these --executor-option"):
         on_cluster("slurm", 1, ["partition=gpu"])(plan(source, tmp_path / "x"), "prepare", [0])
+    corpus = plan(source, tmp_path / "y")
+    if shutil.which("sbatch") is None:
+        with pytest.raises(UserError, match="has no sbatch"):
+            on_cluster("slurm", 1, ["partition=gpu", "time=1:00"])(corpus, "prepare", [0])
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(UserError, match="--executor ray needs a package more"):
+            on_cluster("ray", 1)(corpus, "prepare", [0])
     with pytest.raises(UserError, match="is not KEY=VALUE"):
         on_cluster("slurm", 1, ["gpu"])
 

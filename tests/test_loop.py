@@ -263,7 +263,7 @@ def test_a_second_trainer_is_refused_and_told_of_the_first(run: Path) -> None:
         return {}
 
     config = dataclasses.replace(CONFIG, eval_every=1)
-    with pytest.raises(UserError, match=f"being trained by process {os.getpid()} on "):
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
         train(run, config, hooks={"second": train_too})
     (run / "lock").write_text("process 1 on elsewhere")  # of a process that is gone
     assert train(run, stop_at=2).name == "step-00000002"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
@@ -219,5 +221,25 @@ def test_a_large_folder_is_several_shards_of_files_in_order(tmp_path: Path) -> N
     before = shards[0].stamps()
     (tmp_path / "1.py").write_text("y = 1.5")
     assert shards[0].stamps() != before
+    (tmp_path / "cat.png").write_bytes(png("red"))
+    cat = shards_of(str(tmp_path / "cat.png"))[0]
+    before = cat.stamps()
+    (tmp_path / "cat.txt").write_text("A cat.")
+    assert cat.stamps() != before
     with pytest.raises(UserError, match=r"holds no \.jsonl files"):
         shards_of(str(tmp_path), "jsonl")
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = table(tmp_path / "a.parquet", text=["one"])
+    for name in ("fsspec", "pyarrow.parquet", "datatrove.data", "datatrove.executor.base"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("near", "engine"):
+        monkeypatch.delitem(sys.modules, f"openchameleon.data.{name}", raising=False)
+        with pytest.raises(UserError, match=r"datatrove: pip install 'openchameleon\[data\]'"):
+            import_module(f"openchameleon.data.{name}")
+    for source, package in [(str(file), "pyarrow"), ("memory://x", "fsspec")]:
+        with pytest.raises(UserError, match=rf"install {package}: pip install"):
+            shown(source)

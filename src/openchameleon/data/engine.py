@@ -52,7 +52,15 @@ def on_cluster(kind: Kind, workers: int, options: Sequence[str] = ()) -> Run:
         # Which tasks are done is told by the shards, so each run begins a log of its own.
         logs = corpus.out / LOGS / f"{work}-{len(list((corpus.out / LOGS).glob('*')))}"
         step = ShardStep(corpus, work, numbers)
-        _executor(kind, [step], len(numbers), workers, str(logs), more).run()
+        executor = _executor(kind, [step], len(numbers), workers, str(logs), more)
+        try:
+            executor.run()
+        except ImportError as error:  # ray is imported when it runs
+            raise UserError(f"--executor {kind} needs a package more: {error}.") from error
+        except FileNotFoundError as error:
+            if error.filename != "sbatch":
+                raise
+            raise UserError("This machine has no sbatch, which hands work to Slurm.") from error
 
     return run
 
@@ -76,8 +84,6 @@ def _executor(
         return LocalPipelineExecutor(**common | {"start_method": "spawn"} | more)
     except TypeError as error:
         raise UserError(f"{kind} does not take these --executor-option: {error}.") from error
-    except ImportError as error:
-        raise UserError(f"--executor {kind} needs a package more: {error}.") from error
 
 
 def _parsed(option: str) -> tuple[str, Any]:

@@ -42,7 +42,8 @@ class Shard:
         """Name, size and time of each file: changes with what there is to learn from."""
         if not self.names:
             return [self.location, *stamp(self.location)]
-        return [[name, *stamp(f"{self.location}/{name}")] for name in self.names]
+        files = [file for name in self.names for file in folder.files_of(name)]
+        return [[file, *stamp(f"{self.location}/{file}")] for file in files]
 
 
 def shards_of(location: str, kind: Kind | None = None, files_a_shard: int = 1000) -> list[Shard]:

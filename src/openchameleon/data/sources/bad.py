@@ -32,7 +32,7 @@ class BadPolicy:
         if n_bad > max(FEW, self.limit * n_records):
             raise UserError(
                 f"{n_bad} of the first {n_records} records of {where} cannot be used, over the"
-                f" limit of {self.limit:.2%}."
+                f" limit of {self.limit:.2%}: mend them, or allow more."
             )
 
 

@@ -31,6 +31,11 @@ def record_names(files: Iterable[str]) -> list[str]:
     return [name for name in names if name not in captions]
 
 
+def files_of(name: str) -> list[str]:
+    """The files that a record is read from, a caption among them that may not be there."""
+    return [name, _caption_of(name)] if suffix(name) in SUFFIXES else [name]
+
+
 def entries(folder: str, names: Iterable[str], pairs: Pairs) -> Iterator[Entry]:
     """One record a name, in the order given."""
     for name in names:

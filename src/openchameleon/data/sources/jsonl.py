@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from openchameleon.data.sources.entry import Entry, Pairs, decoded
 from openchameleon.data.sources.location import beside, opened, picture_at
 from openchameleon.document import Record, record_from_json
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 def entries(location: str, pairs: Pairs) -> Iterator[Entry]:
@@ -20,7 +24,7 @@ def entries(location: str, pairs: Pairs) -> Iterator[Entry]:
 
 
 def _record(line: bytes, location: str) -> Record:
-    def load_image(name: object):  # type: ignore[no-untyped-def]
+    def load_image(name: object) -> PIL.Image.Image:
         if not isinstance(name, str):
             raise ValueError('"image" must be a path')
         return picture_at(beside(location, name))

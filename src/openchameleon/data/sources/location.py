@@ -77,12 +77,15 @@ def names_below(folder: str) -> list[str]:
 
 
 def stamp(location: str) -> list[object]:
-    """Size, and time or version, of a file: changes with what is in it."""
-    if not is_remote(location):
-        stat = Path(location).stat()
-        return [stat.st_size, stat.st_mtime_ns]
-    files, path = _remote(location)
-    info = files.info(path)
+    """Size, and time or version, of a file: changes with what is in it. Empty: there is none."""
+    try:
+        if not is_remote(location):
+            stat = Path(location).stat()
+            return [stat.st_size, stat.st_mtime_ns]
+        files, path = _remote(location)
+        info = files.info(path)
+    except FileNotFoundError:
+        return []
     version = next((info[k] for k in VERSIONS if k in info), None)
     return [info["size"], None if version is None else str(version)]
 

@@ -16,12 +16,12 @@ import pytest
 
 from openchameleon.config import config_hash, from_dict, override, to_dict
 from openchameleon.errors import UserError
+from openchameleon.files import locked
 from openchameleon.recipes import RECIPES, load_recipe, run_recipe, stages
 from openchameleon.recipes.config import STAGES, Recipe, StageConfig, TextConfig
 from openchameleon.recipes.pictures import write_shard
 from openchameleon.train.loop import TrainConfig
 from openchameleon.train.optim import OptimConfig
-from openchameleon.train.run_folder import locked
 from openchameleon.train.vq_step import VQTrainConfig
 from openchameleon.vqgan.config import VQConfig
 

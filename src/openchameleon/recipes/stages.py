@@ -7,6 +7,7 @@ stage whose mark is right is skipped, so the same command goes on wherever it wa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from openchameleon.data.sources.bad import BadRecords
 from openchameleon.data.workers import in_processes
 from openchameleon.errors import UserError
 from openchameleon.evaluation.world import quick_scores
+from openchameleon.files import locked
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
 from openchameleon.pipeline import Chameleon, FolderConfig
@@ -40,7 +42,6 @@ from openchameleon.train.checkpoint import checkpoint_hash, load_checkpoint
 from openchameleon.train.image_tokenizer import run_hash, train_image_tokenizer
 from openchameleon.train.loop import fit
 from openchameleon.train.metrics import plot_metrics
-from openchameleon.train.run_folder import locked
 from openchameleon.vocab import Vocab
 from openchameleon.world.sample import MIXTURE, TEXTS_VERSION
 

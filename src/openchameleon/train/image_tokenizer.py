@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openchameleon.config import config_hash, to_dict
 from openchameleon.errors import Stopped, UserError
+from openchameleon.files import locked
 from openchameleon.progress import Progress
 from openchameleon.train.checkpoint import (
     flatten_optimizer,
@@ -28,7 +29,6 @@ from openchameleon.train.checkpoint import (
 from openchameleon.train.metrics import MetricsLog
 from openchameleon.train.run_folder import (
     environment,
-    locked,
     stop_signals,
     stopped_text,
     warn_if_elsewhere,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from openchameleon.errors import Diverged, UserError
+from openchameleon.files import locked
 from openchameleon.model.transformer import HeadNorm, Transformer, initial_weight
-from openchameleon.train.run_folder import locked
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from openchameleon.errors import UserError
+from openchameleon.files import locked
 from openchameleon.train.checkpoint import checkpoints_in, latest_checkpoint
-from openchameleon.train.run_folder import locked
 
 SKIPPED = "skipped.json"
 CHECKPOINTS = "checkpoints"

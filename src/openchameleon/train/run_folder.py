@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from openchameleon.errors import UserError
-from openchameleon.files import locked as locked
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:

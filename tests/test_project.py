@@ -160,3 +160,14 @@ def test_the_licence_is_apache_2() -> None:
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert len(text) > 10_000
+
+
+def test_the_tests_that_the_docs_promise_by_exist() -> None:
+    promised = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(promised) > 20
+    assert promised <= defined, promised - defined

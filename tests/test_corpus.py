@@ -320,10 +320,13 @@ def test_the_command_prepares_and_goes_on(
         (["--bad-limit", "2"], "no share of records"),
         (["--workers", "0"], "--workers is 0"),
         (["--executor-option", "a=b"], "is for slurm and ray"),
+        (["--out", str(source / "rows")], "lies inside the source"),
+        (["--out", str(model_folder)], "holds other things already"),
         (["--kind", "parquet"], r"holds no .parquet files"),
     ]:
         assert main([*line, *more]) == 2
         assert words in capsys.readouterr().err
+    assert not (source / "lock").exists()
     alone = tmp_path / "tokenizers"
     shutil.copytree(model_folder / "image_tokenizer", alone / "image_tokenizer")
     shutil.copy(model_folder / "tokenizer.model", alone)

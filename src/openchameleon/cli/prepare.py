@@ -84,7 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of a plain folder that are prepared as one (%(default)s)",
     )
     add("--workers", type=int, metavar="N", help="processes (one for each core)")
-    add("--device", help="where pictures become codes (a GPU if there is one)")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where pictures become codes (a GPU if there is one)",
+    )
     add("--allow-pickle", action="store_true", help="for a model in Meta's layout")
     add(
         "--executor",
@@ -99,7 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from openchameleon.data.corpus import CorpusConfig, local, plan_corpus, prepare_corpus
+    from openchameleon.data.corpus import (
+        CorpusConfig,
+        local,
+        plan_corpus,
+        prepare_corpus,
+        refuse_other,
+    )
     from openchameleon.data.sources import shards_of
     from openchameleon.data.sources.bad import BadPolicy
     from openchameleon.files import locked
@@ -110,6 +120,12 @@ def run(options: argparse.Namespace) -> int:
     for name in ("workers", "files_a_shard"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no GPU that PyTorch can use; leave --device out.")
+    refuse_other(options.out)
+    for source in options.sources:
+        if options.out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"--out {options.out} lies inside the source {source}; name another.")
     shards = [
         shard
         for source in options.sources

@@ -103,16 +103,23 @@ def plan_corpus(
         "options": options | {"tokenizer": tokenizer},
         "inputs": [[s.kind, s.location, stamp] for s, stamp in zip(shards, stamps, strict=True)],
     }
+    refuse_other(out)
     path = out / PLAN
     if path.exists():
         _require_same(out, json.loads(path.read_text(encoding="utf-8")), plan)
-    elif out.exists() and any(file.name != "lock" for file in out.iterdir()):
-        raise UserError(f"{out} holds other things already; name another --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(path, plan)
     made_by = tuple(config_hash(options, tokenizer, stamp) for stamp in stamps)
     return Corpus(out, config, bad, tuple(shards), made_by, tokenizer, load)
+
+
+def refuse_other(out: Path) -> None:
+    """UserError where a folder holds something that is no corpus, begun or done."""
+    if not out.exists() or (out / PLAN).exists():
+        return
+    if not out.is_dir() or any(file.name != "lock" for file in out.iterdir()):
+        raise UserError(f"{out} holds other things already; name another --out.")
 
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """What each differs in from `BASE`, as on the command line of a recipe; the telling ones first."""
 
-RATES = (0.1, 0.03, 0.3, 0.01)
+KNEE = 0.1
+"""The learning rate that all variants have: the lowest at which one breaks."""
+
+RATES = {0.03: 6, 0.3: 6, 0.01: 6, 0.003: 1}
+"""The others, and how many of the first variants have them."""
+
 SERIES = ("text_loss", "code_loss", "grad_norm", "update_norm", "output_norm", "log_z",
           "logit_max", "attention_logit_max")  # fmt: skip
 
@@ -110,8 +115,14 @@ def main() -> None:
     args.results.touch()
     vocab = prepare_rows(args.out)
     done = {(r["variant"], r["lr"], r["seed"]) for r in read_results(args.results)}
-    every = product(range(args.seeds), RATES, VARIANTS)
-    left = [(v, lr, seed, args.out, vocab) for seed, lr, v in every if (v, lr, seed) not in done]
+    grid = [(v, KNEE) for v in VARIANTS]
+    grid += [(v, lr) for lr, n in RATES.items() for v in list(VARIANTS)[:n]]
+    left = [
+        (variant, lr, seed, args.out, vocab)
+        for seed in range(args.seeds)
+        for variant, lr in grid
+        if (variant, lr, seed) not in done
+    ]
     # Not forked: torch's threads do not survive a fork.
     with get_context("spawn").Pool(args.workers) as pool:
         runs = pool.imap_unordered(run, left)

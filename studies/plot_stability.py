@@ -38,23 +38,34 @@ TITLES = {
 
 
 def main() -> None:
-    runs = sorted(read_results(), key=lambda r: (list(VARIANTS).index(r["variant"]), r["lr"]))
+    runs = kept_runs()
     figures = {"rates": rates, "curves": curves, "remedies": remedies, "signs": signs}
     for name, draw in figures.items():
         draw(runs).savefig(RESULTS.with_name(f"{name}.png"), dpi=110)
     print(table(runs), sensitivities(runs), sep="\n\n")
 
 
+def kept_runs() -> list[Run]:
+    """All runs of the log, variant by variant."""
+    order = list(VARIANTS)
+    return sorted(read_results(), key=lambda r: (order.index(r["variant"]), r["lr"], r["seed"]))
+
+
 def rates(runs: list[Run]) -> Figure:
     """Final losses over the learning rate: what is robust is flat."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
-    figure.suptitle("Loss after 250 steps, by learning rate, on rows that were not trained on")
+    figure.suptitle(
+        "Loss after 250 steps, by learning rate, on rows that were not trained on (hollow: seed 1)"
+    )
     for axes, key in zip(figure.subplots(1, 2), ("text_loss", "code_loss"), strict=True):
         for variant, color in COLORS.items():
-            points = [(r["lr"], r[key]) for r in runs if r["variant"] == variant and r[key]]
+            found = [r for r in runs if r["variant"] == variant and r[key]]
+            points = [(r["lr"], r[key]) for r in found if r["seed"] == 0]
+            others = [(r["lr"], r[key]) for r in found if r["seed"] > 0]
             style = "^:" if "text" in variant else "s-" if "output" in variant else "o-"
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=variant, ms=5)
+            axes.plot(*zip(*others, strict=True), "o", color=color, mfc="none") if others else None
         axes.set(xscale="log", xlabel="highest learning rate (AdamW)")
         axes.set_xticks(ticks := sorted({r["lr"] for r in runs}), [f"{t:g}" for t in ticks])
         axes.minorticks_off()
@@ -70,7 +81,12 @@ def curves(runs: list[Run]) -> Figure:
     keys = ("text_loss", "code_loss", "attention_logit_max", "output_norm")
     for axes, key in zip(figure.subplots(2, 2).flat, keys, strict=True):
         for run in runs:
-            if run["lr"] == KNEE and run["variant"] in COLORS and run["code_loss"]:
+            if (
+                run["lr"] == KNEE
+                and run["seed"] == 0
+                and run["variant"] in COLORS
+                and run["code_loss"]
+            ):
                 series, variant = run["series"], run["variant"]
                 axes.plot(series["step"], series[key], color=COLORS[variant], label=variant, lw=1.4)
         if not key.endswith("_loss"):
@@ -87,7 +103,7 @@ def remedies(runs: list[Run]) -> Figure:
     rows = range(len(chosen))
     figure = Figure(figsize=(13, 0.8 + 0.36 * len(chosen)), layout="constrained")
     figure.suptitle(
-        f"Learning rate {KNEE:g}: held-out losses at the end, and the peaks of the signs"
+        f"Learning rate {KNEE:g}: held-out losses at the end, peaks of the signs (red: no QK-norm)"
     )
     keys = ("text_loss", "code_loss", "attention_logit_max", "output_norm")
     for axes, key in zip(figure.subplots(1, 4, sharey=True), keys, strict=True):
@@ -136,6 +152,7 @@ def signs(runs: list[Run]) -> Figure:
 def finish(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -145,7 +162,8 @@ def peak(run: Run, key: str) -> float:
 
 def alarms(run: Run) -> dict[str, int]:
     """The step at which each sign's growth would have been an alarm, played from the log."""
-    alarm, series, found = Alarm(), run["series"], {}
+    alarm, series = Alarm(), run["series"]
+    found: dict[str, int] = {}
     for i, step in enumerate(series["step"]):
         values = {k: math.inf if series[k][i] is None else series[k][i] for k in LEVELS}
         found |= dict.fromkeys(alarm.hear(values), step)
@@ -158,9 +176,10 @@ def table(runs: Iterable[Run]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for r in runs:
         codes = f"{r['code_loss']:.2f}" if r["code_loss"] else ""
-        said = ", ".join(f"{name} at {step}" for name, step in alarms(r).items())
+        name = r["variant"] + (f", seed {r['seed']}" if r["seed"] else "")
+        said = ", ".join(f"{sign} at {step}" for sign, step in alarms(r).items())
         lines.append(
-            f"| {r['variant']} | {r['lr']:g} | {r['text_loss']:.2f} | {codes} |"
+            f"| {name} | {r['lr']:g} | {r['text_loss']:.2f} | {codes} |"
             f" {peak(r, 'attention_logit_max'):,.0f} | {peak(r, 'output_norm'):,.0f} |"
             f" {peak(r, 'log_z'):.1f} | {said} |"
         )
@@ -175,7 +194,7 @@ def sensitivities(runs: list[Run]) -> str:
     """
     lines = ["| runs | text | codes |", "|---|---|---|"]
     for variant in VARIANTS:
-        chosen = [r for r in runs if r["variant"] == variant and r["lr"] >= 0.01]
+        chosen = [r for r in runs if r["variant"] == variant and r["lr"] >= 0.01 and r["seed"] == 0]
         if len(chosen) < 4:
             continue
         means = []

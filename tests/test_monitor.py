@@ -135,6 +135,18 @@ def test_monitored_and_unmonitored_training_give_the_same_bits() -> None:
         assert torch.equal(tensor, weights[1][name]), name
 
 
+def test_a_compiled_model_is_measured_too() -> None:
+    model, reference = make_model(), make_model()
+    model.hidden = torch.compile(model.hidden, backend="eager")  # type: ignore[method-assign]
+    for _ in range(2):  # compiled without hooks
+        step(model, [batch_of()], watch=False)
+        step(reference, [batch_of()], watch=False)
+    found, expected = step(model, [batch_of()]), step(reference, [batch_of()])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
 def test_a_step_that_fails_leaves_no_hook_and_no_number() -> None:
     model, batch = make_model(), batch_of()
     bad = dataclasses.replace(batch, loss_weights=batch.loss_weights * math.nan)

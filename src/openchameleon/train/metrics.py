@@ -75,6 +75,10 @@ def plot_metrics(log: Path, png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if len(keys) > 1 or keys == scores != []:
             axes.legend(frameon=False, fontsize=8)
+        if title.startswith("norm"):
+            axes.set_yscale("log")
+        if title == "logits":
+            axes.set_yscale("symlog", linthresh=10)  # those of attention outgrow the rest
         if title == "learning rate":
             axes.set_ylim(bottom=0)  # a constant one is a line, not a range of roundings
         if not keys:

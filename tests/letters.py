@@ -45,3 +45,10 @@ def die_unless_zero(job: int) -> int:
     if job:
         os.kill(os.getpid(), signal.SIGKILL)
     return job
+
+
+def stop_unless_zero(job: int) -> int:
+    """A job in whose place the process stops, and is not ended."""
+    if job:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return job

@@ -17,8 +17,10 @@ import pytest
 from openchameleon import pipeline
 from openchameleon.cli.main import main, parse
 from openchameleon.document import Conversation, Document, Image
+from openchameleon.errors import CheckpointError, Diverged, UserError
 from openchameleon.preview import half_blocks, preview, way_of
 from openchameleon.tokenizer.mixed import ImageDone, ImageProgress, TextDelta
+from openchameleon.train.checkpoint import NoSpaceError
 
 
 @pytest.fixture(autouse=True)
@@ -482,6 +484,27 @@ def test_an_interrupted_training_does_not_end_in_success(
     monkeypatch.setattr(recipes, "run_recipe", stop)
     assert main(["train", "nano"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no"), 2),
+        (CheckpointError("no"), 3),
+        (NoSpaceError("no"), 4),
+        (Diverged("no"), 42),
+    ],
+)
+def test_the_exit_code_says_what_kind_of_end_a_training_had(
+    error: UserError, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openchameleon import recipes
+
+    def end(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recipes, "run_recipe", end)
+    assert main(["train", "nano"]) == code
 
 
 def test_evaluate_refuses_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from letters import VOCAB, Letters, die_unless_zero
+from letters import VOCAB, Letters, die_unless_zero, stop_unless_zero
 
 from openchameleon.cli.main import main
 from openchameleon.data import corpus as corpus_module
+from openchameleon.data import workers
 from openchameleon.data.corpus import (
     Corpus,
     CorpusConfig,
@@ -296,6 +297,12 @@ def test_work_that_was_handed_on_is_finished_by_the_same_command(tmp_path: Path)
 def test_a_worker_that_is_killed_ends_the_work_with_a_sentence() -> None:
     with pytest.raises(UserError, match="A worker process was killed"):
         list(in_processes(die_unless_zero, [0, 1], 1))
+
+
+def test_a_worker_that_hangs_ends_the_work_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SILENCE", 2.0)
+    with pytest.raises(UserError, match="gave no sign of life for 2 s"):
+        list(in_processes(stop_unless_zero, [0, 1], 1))
 
 
 def test_the_command_prepares_and_goes_on(

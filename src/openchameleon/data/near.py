@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
@@ -39,7 +40,7 @@ class _Words(WordTokenizer):
         return text.splitlines()
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        raise NotImplementedError
+        return [word.span() for word in re.finditer(r"\S+", text)]
 
 
 CONFIG = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))

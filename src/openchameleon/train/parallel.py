@@ -121,7 +121,7 @@ class World:
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """`run_folder.locked` by the main process, for all."""
+        """`files.locked` by the main process, for all."""
         with ExitStack() as stack:
             self.agree(lambda: stack.enter_context(locked(folder)))
             yield

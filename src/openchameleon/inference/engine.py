@@ -33,8 +33,10 @@ from openchameleon.vocab import Vocab
 
 
 class Engine:
-    """Generates with a model whose dropout is off. Holds no state between calls.
+    """Generates with a model whose dropout is off; for one thread.
 
+    `add` lets a request in, each `step` moves all of them on, `abort` takes one out at any time;
+    `generate` and `stream` are loops over these, and may run beside each other.
     max_batch: rows of the cache in use at a time (a guided sequence takes up to three).
     max_prefill: prompt positions, padding included, read in one model call.
     """
@@ -49,28 +51,57 @@ class Engine:
         self.model, self.vocab = model, vocab
         self.max_batch, self.max_prefill = max_batch, max_prefill
         self.table = ModalityTable(vocab, model.output_weight.device)
+        self.batch = Batch(self)
+
+    def add(self, request: Request) -> Sequence:
+        """Lets a request in, to be moved on by `step`. UserError if it cannot be answered.
+
+        The sequence that comes back may be finished already, where no id fits.
+        """
+        sequence = self._sequence(request)
+        if sequence.finish_reason is None:
+            self.batch.waiting.append(sequence)
+        return sequence
+
+    def step(self) -> list[Sequence]:
+        """Moves on what is under way. The sequences that got an id or came to their end."""
+        return self.batch.step()
+
+    def abort(self, sequence: Sequence) -> None:
+        """Takes a sequence out, its rows at once free for others; one that is finished stays so."""
+        if sequence.finish_reason is None:
+            self.batch.remove(sequence)
+            sequence.finish_reason = "aborted"
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """One completion per request, in order. UserError for a prompt that cannot be answered."""
-        sequences = [self._sequence(request) for request in requests]
-        batch = Batch(self, sequences)
-        while batch.step():
-            pass
+        sequences: list[Sequence] = []
+        try:
+            sequences += (self.add(request) for request in requests)
+            while any(sequence.finish_reason is None for sequence in sequences):
+                self.step()
+        finally:
+            for sequence in sequences:
+                self.abort(sequence)
         return [sequence.completion() for sequence in sequences]
 
     def stream(self, request: Request) -> Generator[int, None, FinishReason]:
         """`generate` for one request, id by id; the generator returns the finish reason."""
-        sequence = self._sequence(request)  # here, so that errors come at the call
-        return self._stream(sequence)
+        self._sequence(request)  # here, so that errors come at the call
+        return self._stream(request)
 
-    def _stream(self, sequence: Sequence) -> Generator[int, None, FinishReason]:
-        batch = Batch(self, [sequence])
+    def _stream(self, request: Request) -> Generator[int, None, FinishReason]:
+        sequence = self.add(request)
         n_given = len(sequence.prompt)
-        while batch.step():
-            yield from sequence.full.token_ids[n_given:]
-            n_given = len(sequence.full.token_ids)
-        assert sequence.finish_reason is not None, "the batch is empty, its sequence unfinished"
-        return sequence.finish_reason
+        try:
+            while True:
+                yield from sequence.full.token_ids[n_given:]
+                n_given = len(sequence.full.token_ids)
+                if sequence.finish_reason is not None:
+                    return sequence.finish_reason
+                self.step()
+        finally:  # whoever reads may go at any id
+            self.abort(sequence)
 
     def _sequence(self, request: Request) -> Sequence:
         """Checks a request against this model and makes it a sequence."""
@@ -137,7 +168,7 @@ class Batch:
     `streams[i]` owns row i of the cache. Streams that are not read yet stand at the end.
     """
 
-    def __init__(self, engine: Engine, sequences: list[Sequence]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.model, self.table = engine.model, engine.table
         self.max_batch, self.max_prefill = engine.max_batch, engine.max_prefill
         config, weight = self.model.config, self.model.output_weight
@@ -145,24 +176,35 @@ class Batch:
             config.n_layers, config.n_kv_heads, config.head_dim, config.max_seq_len,
             weight.dtype, weight.device,
         )  # fmt: skip
-        self.waiting = deque(s for s in sequences if s.finish_reason is None)
+        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.streams: list[Stream] = []
         self.unread: list[Stream] = []
         self.rows: Rows | None = None
 
     @torch.inference_mode()
-    def step(self) -> bool:
-        """One id for every running sequence. False when there is nothing left to do."""
+    def step(self) -> list[Sequence]:
+        """One id for every running sequence; returns these."""
         self._schedule()
-        if not self.running:
-            return False
+        if not (moved := self.running):
+            return []
         if self.rows is None:
             self.rows = Rows.of(self.running, self.table)
         hidden = self._run()
         ids, ok = self._draw(hidden, self.rows)
         self._append(ids, ok, self.rows)
-        return True
+        return moved
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes an unfinished sequence out."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            return
+        streams = [sequence.full, *sequence.guidance]
+        self._drop([stream for stream in streams if stream not in self.unread])
+        self.unread = [stream for stream in self.unread if stream not in streams]
+        self.running = [s for s in self.running if s is not sequence]
+        self.rows = None
 
     def _schedule(self) -> None:
         """Lets waiting sequences in while their rows fit, and gives unread streams their rows."""

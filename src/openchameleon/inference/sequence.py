@@ -10,7 +10,7 @@ import torch
 
 from openchameleon.inference.params import ModalityParams, SamplingParams
 
-FinishReason = Literal["stop", "length", "nonfinite_logits"]
+FinishReason = Literal["stop", "length", "nonfinite_logits", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Completion:
 
     "stop": the model wrote eos. "length": no room was left, in max_tokens or in the context, for
     what would have had to come next. "nonfinite_logits": the model's output was not finite; only
-    then may the last item be incomplete.
+    then, and when it was "aborted" by who asked, may the last item be incomplete.
     """
 
     token_ids: list[int]

@@ -42,18 +42,18 @@ from openchameleon.world.sample import MIXTURE, all_texts, sample_records
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "stability" / "runs.jsonl"
 ROW_LEN, N_HELD_OUT = 384, 24
-SAMPLES = {"mixed": 9000, "text": 120_000}
+SAMPLES = {"mixed": 9000, "many": 56_000, "text": 120_000}
 """Documents of each kind of data: enough that no run sees a row twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One training. data: documents of text and pictures, or the texts of such documents alone."""
+    """One training. data: documents of text and pictures (many: for long runs), or texts alone."""
 
     model: ModelConfig
     train: TrainConfig
     optim: OptimConfig
-    data: Literal["mixed", "text"] = "mixed"
+    data: Literal["mixed", "many", "text"] = "mixed"
 
 
 BASE = Setup(
@@ -75,6 +75,9 @@ BASE = Setup(
 )  # fmt: skip
 """QK-norm, norms on the input of the branches, z-loss 1e-5, no dropout, float32."""
 
+LONG = ("data=many", "train.steps=1500", "train.monitor_every=25", "train.log_every=25")
+"""Six times the steps: to see whether what trains well at first diverges later."""
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "base": (),
     "no QK-norm": ("model.qk_norm=false",),
@@ -88,18 +91,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bfloat16, no QK-norm": ("train.dtype=bfloat16", "model.qk_norm=false"),
     "dropout, no QK-norm": ("model.dropout=0.1", "model.qk_norm=false"),
     "codes not learned": ("train.loss.code_weight=0",),
+    "base, long": LONG,
+    "no QK-norm, long": (*LONG, "model.qk_norm=false"),
 }
 """What each differs in from `BASE`, as on the command line of a recipe; the telling ones first."""
 
 KNEE = 0.1
-"""The learning rate that all variants have: the lowest at which one breaks."""
+"""The learning rate that all short variants have: the lowest at which one breaks."""
 
 GRID = [
-    *((variant, KNEE, 0) for variant in VARIANTS),
+    *((variant, KNEE, 0) for variant in list(VARIANTS)[:-2]),
     *((variant, 0.03, 0) for variant in list(VARIANTS)[:6]),
     *((variant, KNEE, 1) for variant in list(VARIANTS)[:2]),
     *((variant, lr, 0) for lr in (0.3, 0.01) for variant in list(VARIANTS)[:6]),
     ("base", 0.003, 0),
+    *((variant, lr, 0) for lr in (0.01, 0.03) for variant in list(VARIANTS)[-2:]),
 ]
 """Variant, learning rate and seed of each run, in their order: what tells most first."""
 
@@ -133,7 +139,8 @@ def prepare_rows(out: Path) -> Vocab:
     """Rows to learn from and to be judged by, made by the tokenizers of `nano`."""
     tokenizer = Chameleon.from_pretrained("nano").tokenizer
     for data, n in SAMPLES.items():
-        for name, n_samples, seed in (("train", n, 0), ("held-out", n // 20, 1)):
+        parts = [("train", n, 0)] if data == "many" else [("train", n, 0), ("held-out", n // 20, 1)]
+        for name, n_samples, seed in parts:
             rows = out / "rows" / f"{data}-{name}"
             if not rows.exists():
                 records = world_records(data, n_samples, seed)
@@ -143,7 +150,7 @@ def prepare_rows(out: Path) -> Vocab:
 
 def world_records(data: str, n: int, seed: int) -> Iterator[Record]:
     preset = PRESETS["nano"]
-    if data == "mixed":
+    if data != "text":
         return (s.record for s in sample_records(preset, "train", MIXTURE, n, seed))
     return (Document([Text(text)]) for text in islice(all_texts(preset, MIXTURE, n, seed), n))
 
@@ -161,7 +168,8 @@ def run(job: Job) -> dict[str, Any]:
     model.init_weights(seed)
     start, finite = time.monotonic(), True
     loader = RowLoader({setup.data: (rows, 1.0)}, setup.train.batch_size, seed)
-    hooks = {"held_out": held_out_loss(out / "rows" / f"{setup.data}-held-out", is_code)}
+    judged_by = "text" if setup.data == "text" else "mixed"
+    hooks = {"held_out": held_out_loss(out / "rows" / f"{judged_by}-held-out", is_code)}
     try:
         fit(model, loader, setup.train, setup.optim, folder, is_code=is_code, hooks=hooks)
     except UserError:

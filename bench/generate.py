@@ -66,13 +66,17 @@ def load(name: str) -> tuple[Engine, str]:
 
 
 def answers(engine: Engine, batch: int, n_prompt: int, n_ids: int, params: SamplingParams) -> Run:
-    """Random prompts, each answered by `n_ids` ids."""
+    """Random prompts, never the same (they would not be read again), each answered by n_ids ids."""
     span, rng = (engine.vocab.text_start, engine.vocab.text_stop), torch.Generator().manual_seed(0)
-    ids = torch.randint(*span, (batch, n_prompt), generator=rng)
-    requests = [Request([engine.vocab.bos_id, *row[1:]], params) for row in ids.tolist()]
-    counts = [len(completion.token_ids) for completion in engine.generate(requests)]
-    assert counts == [n_ids] * batch, f"{counts} new ids, not {n_ids} each"
-    return lambda: engine.generate(requests)
+
+    def run() -> None:
+        ids = torch.randint(*span, (batch, n_prompt), generator=rng)
+        requests = [Request([engine.vocab.bos_id, *row[1:]], params) for row in ids.tolist()]
+        counts = [len(completion.token_ids) for completion in engine.generate(requests)]
+        assert counts == [n_ids] * batch, f"{counts} new ids, not {n_ids} each"
+
+    run()
+    return run
 
 
 if __name__ == "__main__":

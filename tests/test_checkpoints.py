@@ -38,7 +38,7 @@ from openchameleon.checkpoints.rotary import halves_from_pairs, pairs_from_halve
 from openchameleon.checkpoints.tensors import entry_of, read_pickles, read_safetensors, write_pickle
 from openchameleon.cli.main import main
 from openchameleon.errors import CheckpointError, UserError
-from openchameleon.inference.kv_cache import KVCache
+from openchameleon.inference.kv_cache import KVPool
 from openchameleon.tokenizer.text import HFTokenizer
 from openchameleon.vqgan.model import VQModel
 
@@ -145,14 +145,10 @@ def test_a_model_of_the_hub_gives_its_logits_and_continuations(
         out = body(new, past_key_values=past, use_cache=True)
         return theirs.lm_head(out.last_hidden_state)
 
-    shape = checkpoint.config.model
-    cache = KVCache(
-        shape.n_layers, shape.n_kv_heads, shape.head_dim, 80, torch.float32, torch.device("cpu")
-    )
-    cache.add_rows(1)
+    pool, blocks = KVPool(checkpoint.config.model.n_layers, 5, 16), [[4, 2, 5, 1, 3]]
 
     def our_step(new: Tensor, done: int) -> Tensor:
-        view = cache.extend(0, [new.shape[1]])
+        view = pool.view(blocks, [done], [new.shape[1]], new.device)
         return ours(new, view.positions, view.mask, view)
 
     prompt = ids[:1, :8]

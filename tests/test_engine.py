@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from openchameleon.errors import UserError
-from openchameleon.inference.engine import Engine, prefill_cuts
-from openchameleon.inference.kv_cache import KVCache
+from openchameleon.inference.engine import Engine
+from openchameleon.inference.kv_cache import KVPool
 from openchameleon.inference.modality import scan_prompt
 from openchameleon.inference.params import ModalityParams, SamplingParams
 from openchameleon.inference.reference import generate_reference, reference_logits
+from openchameleon.inference.runner import read_cuts
 from openchameleon.inference.sequence import Completion, Request
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
@@ -156,40 +157,47 @@ def test_streaming_equals_generating() -> None:
         assert_same([request], [streamed], engine.generate([request]))
 
 
-def test_cached_decode_equals_full_forward() -> None:
+@pytest.mark.parametrize("block_size", [2, 3, 16])
+def test_cached_decode_equals_full_forward(block_size: int) -> None:
+    """In blocks that lie anywhere, that others have used before, prompts read in two parts."""
     lengths, n_more = [3, 9, 1, 6], 7
     ids = torch.randint(TEXT, VOCAB.size, (4, 20), generator=torch.Generator().manual_seed(0))
-    cache = KVCache(2, 2, 8, 48, torch.float32, torch.device("cpu"))
+    order = random.Random(block_size).sample(range(1, 61), 60)
+    n_each = -(-20 // block_size)
+    tables = [order[i * n_each : (i + 1) * n_each] for i in range(4)]
+    pool, cpu = KVPool(2, 60, block_size), torch.device("cpu")
+    for layer in range(2):  # what a block held before is never seen
+        keys, values = pool.storage(layer, 61, torch.zeros(2, 8))
+        keys[1:] = values[1:] = torch.nan
+
+    def read(starts: list[int], counts: list[int]) -> Tensor:
+        used = [
+            t[: -(-(s + c) // block_size)] for t, s, c in zip(tables, starts, counts, strict=True)
+        ]
+        view = pool.view(used, starts, counts, cpu)
+        at = (torch.tensor(starts)[:, None] + torch.arange(max(counts))).clamp(max=19)
+        return MODEL(ids.gather(1, at), view.positions, view.mask, view)
+
     with torch.inference_mode():
         full = MODEL(ids)
-        cache.add_rows(4)
-        view = cache.extend(0, lengths)
-        padded = ids[:, :9].clone()
-        for row, n in enumerate(lengths):
-            padded[row, n:] = 1
-        MODEL(padded, view.positions, view.mask, view)
+        first = [(n + 1) // 2 for n in lengths]
+        read([0] * 4, first)
+        read(first, [max(1, n - f) for n, f in zip(lengths, first, strict=True)])
         for step in range(n_more):
-            at = torch.tensor(lengths)[:, None] + step
-            view = cache.extend(0, [1] * 4)
-            logits = MODEL(ids.gather(1, at), view.positions, view.mask, view)
-            wanted = full[torch.arange(4), at[:, 0]]
-            assert (logits[:, 0] - wanted).abs().max() < 1e-4
+            starts = [n + step for n in lengths]
+            wanted = full[torch.arange(4), torch.tensor(starts)]
+            assert (read(starts, [1] * 4)[:, 0] - wanted).abs().max() < 1e-4
 
 
-def test_the_last_row_moves_into_a_gap_and_nothing_of_the_removed_one_stays() -> None:
-    cache = KVCache(2, 2, 8, 48, torch.float32, torch.device("cpu"))
-    cache.add_rows(3)
-    view = cache.extend(0, [2, 2, 2])
-    written = torch.randn(3, 2, 2, 8, generator=torch.Generator().manual_seed(1))
-    written[0] = written[1] = torch.nan
-    for layer in range(2):
-        view.update(layer, written, written)
-    cache.remove_row(0)
-    cache.remove_row(1)
-    assert cache.lengths == [2]
-    for tensor in (*cache.keys, *cache.values):
-        assert tensor.isfinite().all()
-        assert torch.equal(tensor[0, :, :2], written[2])
+def test_a_lone_row_in_consecutive_blocks_is_read_where_it_lies() -> None:
+    pool, cpu = KVPool(1, 8, 4), torch.device("cpu")
+    new = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
+    for table in ([3, 4], [4, 3]):
+        pool.view([table], [0], [5], cpu).update(0, new[:, :, :5], new[:, :, :5])
+        keys, _ = pool.view([table], [5], [1], cpu).update(0, new[:, :, 5:], new[:, :, 5:])
+        assert torch.equal(keys, new)
+        is_view = keys.untyped_storage().data_ptr() == pool.storage(0, 1, new)[0].data_ptr()
+        assert is_view == (table == [3, 4])
 
 
 def test_guidance_at_scale_1_equals_none() -> None:
@@ -352,8 +360,124 @@ def test_api_misuse_is_a_value_error() -> None:
         Engine(noisy, VOCAB).generate([Request([BOS])])
 
 
-def test_prefill_batches_bound_their_positions_and_their_padding() -> None:
-    assert prefill_cuts([], 100) == [0]
-    assert prefill_cuts([5], 3) == [0, 1]
-    assert prefill_cuts([2, 2, 3, 4, 5, 40], 100) == [0, 4, 5, 6]
-    assert prefill_cuts([10, 10, 10, 10, 10], 20) == [0, 2, 4, 5]
+def test_model_calls_keep_single_ids_apart_and_bound_their_padding() -> None:
+    assert read_cuts([]) == [0]
+    assert read_cuts([5]) == [0, 1]
+    assert read_cuts([1, 1, 2, 3, 4, 5, 40]) == [0, 2, 5, 6, 7]
+
+
+@pytest.mark.parametrize("max_prefill", [1, 3, 7])
+def test_prompts_read_in_parts_are_answered_alike(
+    max_prefill: int, alone: list[Completion]
+) -> None:
+    got = Engine(MODEL, VOCAB, 5, max_prefill, block_size=4).generate(mixed_requests())
+    assert_same(mixed_requests(), got, alone)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+    engine = Engine(MODEL, VOCAB, max_prefill=4)
+    short = engine.add(Request([BOS], greedy(mode="image", max_images=3)))
+    engine.step()
+    engine.add(Request([BOS, *[TEXT] * 30]))
+    for n_ids in range(2, 8):
+        engine.step()
+        assert len(short.new_ids) == n_ids
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cache_too_small_for_all_makes_the_youngest_wait_and_loses_nothing(
+    seed: int, alone: list[Completion]
+) -> None:
+    engine = Engine(MODEL, VOCAB, max_prefill=9, block_size=4, cache_tokens=3 * 48)
+    requests = mixed_requests()
+    random.Random(seed).shuffle(order := list(range(len(requests))))
+    got = engine.generate([requests[i] for i in order])
+    assert_same([requests[i] for i in order], got, [alone[i] for i in order])
+    assert engine.scheduler.n_preempted > 5
+    assert engine.blocks.n_held == 0
+
+
+def test_a_request_that_could_never_fit_the_cache_is_refused() -> None:
+    engine = Engine(MODEL, VOCAB, block_size=4, cache_tokens=48)
+    assert engine.generate([Request([BOS, TEXT], greedy())])
+    with pytest.raises(UserError, match=r"144 tokens in the cache, .* 48"):
+        engine.add(Request([BOS, TEXT], greedy(guidance_text=2.0)))
+
+
+def test_a_prompt_that_begins_alike_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_read: list[int] = []
+    hidden = MODEL.hidden
+
+    def counted(token_ids: Tensor, *rest: Any) -> Tensor:
+        n_read.append(token_ids.numel())
+        return hidden(token_ids, *rest)
+
+    monkeypatch.setattr(MODEL, "hidden", counted)
+    engine = Engine(MODEL, VOCAB, block_size=4)
+    prompt = [BOS, *(TEXT + i for i in range(20))]
+    one = [Request(prompt, greedy(max_tokens=1))]
+    wanted = engine.generate(one)
+    assert n_read == [21]
+    n_read.clear()
+    assert engine.generate(one) == wanted
+    assert engine.generate([Request([*prompt[:9], TEXT], greedy(max_tokens=1))])
+    assert n_read == [1, 2]
+    n_read.clear()
+    other = Request([BOS, TEXT + 9, *prompt[2:]], greedy(max_tokens=1))
+    together = engine.generate([other] * 3)  # at once: the first reads, the others wait a step
+    assert n_read == [21, 2]
+    assert together == [together[0]] * 3
+
+
+def test_an_answer_is_known_to_the_turn_that_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL, VOCAB, block_size=4)
+    first = engine.generate([Request([BOS, TEXT], greedy(max_tokens=14))])[0].token_ids
+    turn = engine.add(Request([BOS, TEXT, *first, VOCAB.eot_id, TEXT], greedy(max_tokens=1)))
+    engine.scheduler.schedule()
+    assert turn.full.n_read == (1 + len(first)) // 4 * 4
+
+
+def test_after_random_requests_and_aborts_every_block_is_free() -> None:
+    rng = random.Random(0)
+    engine = Engine(MODEL, VOCAB, 6, max_prefill=8, block_size=4, cache_tokens=160)
+    kinds, under_way, n_aborted = mixed_requests(), [], 0
+    while n_aborted < 1000:
+        if rng.random() < 0.6:
+            under_way.append(engine.add(rng.choice(kinds)))
+        for sequence in rng.sample(under_way, rng.randrange(len(under_way) + 1) // 2):
+            n_aborted += sequence.finish_reason is None
+            engine.abort(sequence)
+        engine.step()
+        under_way = [s for s in under_way if s.finish_reason is None]
+    survivors = under_way
+    while engine.busy:
+        engine.step()
+    assert all(s.finish_reason in ("stop", "length") for s in survivors)
+    assert engine.blocks.n_held == 0
+    assert engine.blocks.n_available == engine.blocks.n_blocks
+
+
+def test_a_stream_that_is_left_gives_its_blocks_back() -> None:
+    engine = Engine(MODEL, VOCAB)
+    stream = engine.stream(Request([BOS], greedy(mode="image")))
+    next(stream)
+    assert engine.blocks.n_held == 1
+    stream.close()
+    assert engine.blocks.n_held == 0
+    assert not engine.busy
+
+
+def test_streams_beside_each_other_get_their_own_answers() -> None:
+    requests = mixed_requests()[:6]
+    engine = Engine(MODEL, VOCAB)
+    streams = [engine.stream(r) for r in requests]
+    got: list[list[int]] = [[] for _ in requests]
+    open_ones = set(range(6))
+    while open_ones:
+        for i in sorted(open_ones):
+            try:
+                got[i].append(next(streams[i]))
+            except StopIteration:
+                open_ones.discard(i)
+    wanted = [Engine(MODEL, VOCAB).generate([r])[0].token_ids for r in requests]
+    assert got == wanted

@@ -20,6 +20,7 @@ DATA = TOKENIZER | {"model", "data"}
 CHECKPOINTS = TOKENIZER | {"model", "inference", "model_folder", "checkpoints"}
 PIPELINE = DATA | CHECKPOINTS | {"pipeline"}
 EVALUATION = PIPELINE | {"world", "evaluation"}
+SERVE = PIPELINE | {"train", "serve"}
 RECIPES = EVALUATION | {"train", "recipes"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -35,8 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "model_folder": GROUND | {"model", "inference"},
     "pipeline": PIPELINE,
     "evaluation": EVALUATION,
+    "serve": SERVE,
     "recipes": RECIPES,
-    "cli": RECIPES | {"cli", "__version__"},
+    "cli": RECIPES | {"serve", "cli", "__version__"},
     "__init__": PIPELINE,
 }
 """Part of the package -> the parts it may import. A part is a sub-package or a top-level module."""

@@ -78,11 +78,17 @@ class Chameleon:
     `.decode` go between documents and ids. `engine` generates ids from ids.
     """
 
-    def __init__(self, config: FolderConfig, model: Transformer, tokenizer: MixedTokenizer) -> None:
+    def __init__(
+        self,
+        config: FolderConfig,
+        model: Transformer,
+        tokenizer: MixedTokenizer,
+        engine: Engine | None = None,
+    ) -> None:
         self.config = config
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.engine = Engine(self.model, config.vocab)
+        self.engine = engine or Engine(self.model, config.vocab)
         self.device = model.output_weight.device
 
     @staticmethod

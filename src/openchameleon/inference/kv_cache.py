@@ -1,113 +1,117 @@
-"""Keys and values of past positions: one row per stream, slot index = position. Knows no ids."""
+"""Keys and values of past positions in blocks: slot s of block b is row b * block_size + s.
+
+Which stream holds which block is the `BlockManager`'s affair; here are tensors only.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from openchameleon.inference.blocks import NULL_BLOCK
 
-class KVCache:
-    """Rows 0 .. n_rows-1, kept without gaps; per layer two tensors (rows, K, S, D).
+# Both in the null block: the one is read where a row has no position, and is never written; the
+# other is written for padding, and is never read.
+ZERO_SLOT, WASTE_SLOT = 0, 1
 
-    Storage grows by doubling, in rows and in slots, and does not shrink. `lengths[row]` counts
-    the slots of a row that hold its past.
+
+class KVPool:
+    """Per layer two tensors (blocks, block_size, K, D), as large as the blocks in use ask for.
+
+    They are made when a layer first writes, in the shape and type of what it writes: a process
+    that holds a part of the heads has a pool of these. n_blocks: what they may grow to, besides
+    the null block.
+    """
+
+    def __init__(self, n_layers: int, n_blocks: int, block_size: int) -> None:
+        if block_size < 2:
+            raise ValueError(f"block_size = {block_size} is not at least 2")
+        self.n_blocks, self.block_size = n_blocks, block_size
+        self.keys: list[Tensor | None] = [None] * n_layers
+        self.values: list[Tensor | None] = [None] * n_layers
+
+    def storage(self, layer: int, n_blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, with room for blocks 0 .. n_blocks - 1.
+
+        like: anything of shape (..., K, D), type and device of what is to be written.
+        """
+        for tensors in (self.keys, self.values):
+            old = tensors[layer]
+            if old is None or len(old) < n_blocks:
+                n_old = 0 if old is None else len(old)
+                n_new = max(n_blocks, min(2 * n_old, self.n_blocks + 1))
+                tensors[layer] = grown = like.new_zeros(n_new, self.block_size, *like.shape[-2:])
+                if old is not None:
+                    grown[:n_old] = old
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None, "it was just made"
+        assert values is not None, "it was just made"
+        return keys, values
+
+    def view(self, tables: Sequence[Sequence[int]], starts: Sequence[int],
+             counts: Sequence[int], device: torch.device) -> KVView:  # fmt: skip
+        """The cache of some rows for one model call, which reads counts[i] new ids of each.
+
+        tables[i]: the row's blocks, with room for starts[i] + counts[i] positions, of which the
+        first starts[i] are written. Rows are padded on the right to the largest count.
+        """
+        return KVView(self, tables, starts, counts, device)
+
+
+class KVView:
+    """Some rows of a pool during one model call. Follows the model's cache protocol.
+
+    positions: (B, T) int64, where the new ids stand. mask: (B, 1, T, S) bool, True = visible, or
+    None where plain causal attention over what `update` returns says the same. No row sees what
+    another has written, nor what a block held before.
     """
 
     def __init__(
         self,
-        n_layers: int,
-        n_kv_heads: int,
-        head_dim: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
+        pool: KVPool,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
         device: torch.device,
     ) -> None:
-        self.max_seq_len = max_seq_len
-        self.lengths: list[int] = []
-        empty = torch.empty(0, n_kv_heads, 0, head_dim, dtype=dtype, device=device)
-        self.keys = [empty] * n_layers
-        self.values = [empty] * n_layers
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.lengths)
-
-    def add_rows(self, n: int) -> None:
-        """Appends n empty rows."""
-        self.lengths += [0] * n
-        self._reserve(self.n_rows, 0)
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Makes `target` a copy of `source`."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
-        self.lengths[target] = self.lengths[source]
-
-    def remove_row(self, row: int) -> None:
-        """Frees `row`; the last row takes its place."""
-        last = self.n_rows - 1
-        if row != last:
-            self.copy_row(last, row)
-        # Unused slots must be finite: a masked slot has weight 0, and 0 * NaN is NaN, so that
-        # one broken stream would break the next one in its row.
-        for tensor in (*self.keys, *self.values):
-            tensor[last] = 0
-        self.lengths.pop()
-
-    def extend(self, start: int, counts: list[int]) -> CacheView:
-        """Opens the next counts[i] slots of each row start + i, and counts them as written.
-
-        The one model call that gets the view must write them. Counts may differ: rows are padded
-        on the right to the largest. What a model writes for padding lands in slots past the
-        row's length; no real query sees a slot beyond its own position, and the row's later ids
-        overwrite these slots before they could be seen, so padding needs no mask of its own.
-        """
-        rows = slice(start, start + len(counts))
-        lengths, n_new = self.lengths[rows], max(counts)
-        n_slots = max(lengths) + n_new
-        assert n_slots <= self.max_seq_len, f"{n_slots} slots, the model has {self.max_seq_len}"
-        self._reserve(self.n_rows, n_slots)
-        self.lengths[rows] = [n + c for n, c in zip(lengths, counts, strict=True)]
-        return CacheView(self, rows, lengths, n_new, n_slots)
-
-    def _reserve(self, n_rows: int, n_slots: int) -> None:
-        """Grows the storage to hold n_rows rows of n_slots slots."""
-        rows, n_kv_heads, slots, head_dim = self.keys[0].shape
-        if n_rows <= rows and n_slots <= slots:
-            return
-        if n_rows > rows:
-            n_rows = max(n_rows, 2 * rows)
-        if n_slots > slots:
-            n_slots = min(max(n_slots, 2 * slots), self.max_seq_len)
-        shape = (max(n_rows, rows), n_kv_heads, max(n_slots, slots), head_dim)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):  # one at a time: the peak is one layer higher
-                tensors[layer] = old.new_zeros(shape)
-                tensors[layer][:rows, :, :slots] = old
-
-
-class CacheView:
-    """Some rows of a cache during one model call. Follows the model's cache protocol.
-
-    positions: (B, T) int64, where the new ids stand. mask: (B, 1, T, S) bool, True = visible, or
-    None where plain causal attention over what `update` returns says the same.
-    """
-
-    def __init__(
-        self, cache: KVCache, rows: slice, lengths: list[int], n_new: int, n_slots: int
-    ) -> None:
-        device = cache.keys[0].device
-        self.cache, self.rows, self.n_slots = cache, rows, n_slots
-        self.positions = (torch.tensor(lengths)[:, None] + torch.arange(n_new)).to(device)
-        self._row_index = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        self.pool, size = pool, pool.block_size
+        n_new, n_past = max(counts), max(starts)
+        n_slots = max(s + c for s, c in zip(starts, counts, strict=True))
+        first, stop = torch.tensor([starts, [s + c for s, c in zip(starts, counts, strict=True)]])
+        positions = first[:, None] + torch.arange(n_new)
+        n_blocks = max(map(len, tables))
+        table = torch.tensor([[*t, *[NULL_BLOCK] * (n_blocks - len(t))] for t in tables])
+        self.n_blocks = int(table.max()) + 1
+        slots = (table[:, :, None] * size + torch.arange(size)).flatten(1)[:, :n_slots]
+        is_padding = positions >= stop[:, None]
+        written = slots.gather(1, positions.clamp(max=slots.shape[1] - 1))
+        self._write = written.masked_fill(is_padding, WASTE_SLOT).to(device)
+        self.positions = positions.to(device)
         self.mask: Tensor | None = None
-        if len(set(lengths)) > 1 or (lengths[0] > 0 and n_new > 1):
-            slots = torch.arange(n_slots, device=device)
-            self.mask = slots <= self.positions[:, None, :, None]
+        self._read: Tensor | slice | None = None
+        if n_past == 0:  # nothing but the new: plain causal attention, the padding sees itself
+            return
+        all_slots = torch.arange(n_slots)
+        at = int(slots[0, 0])
+        if len(tables) == 1 and torch.equal(slots[0], at + all_slots):
+            self._read = slice(at, at + n_slots)  # without a copy
+        else:
+            self._read = slots.masked_fill(all_slots >= stop[:, None], ZERO_SLOT).to(device)
+        if n_new > 1 or len(set(starts)) > 1:
+            self.mask = (all_slots <= positions[:, None, :, None]).to(device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, K, T, D) at `positions`; returns all slots so far, (B, K, S, D)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self._row_index, :, self.positions] = k.transpose(1, 2)
-        values[self._row_index, :, self.positions] = v.transpose(1, 2)
-        return keys[self.rows, :, : self.n_slots], values[self.rows, :, : self.n_slots]
+        k_new, v_new = k.transpose(1, 2), v.transpose(1, 2)
+        keys, values = self.pool.storage(layer, self.n_blocks, k_new)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        keys[self._write], values[self._write] = k_new, v_new
+        if self._read is None:
+            return k, v
+        if isinstance(self._read, slice):
+            k, v = keys[self._read][None], values[self._read][None]
+        else:
+            k, v = keys[self._read], values[self._read]
+        return k.transpose(1, 2), v.transpose(1, 2)

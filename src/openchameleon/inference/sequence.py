@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from openchameleon.inference.params import ModalityParams, SamplingParams
 
@@ -36,10 +37,22 @@ class Completion:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """Ids the model reads in one row of the cache; the row's length says how many it has read."""
+    """Ids that the model reads as one row, the blocks of the cache they are read into.
+
+    n_read: how many of them it has read. hidden: what the output head reads after the last of
+    them, (C,), once all are read. serial, n_published: the bookkeeping of shared blocks.
+    """
 
     token_ids: list[int]
-    row: int = -1
+    blocks: list[int] = field(default_factory=list)
+    n_read: int = 0
+    hidden: Tensor | None = None
+    serial: int = 0
+    n_published: int = 0
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.token_ids) - self.n_read
 
 
 @dataclass(slots=True, eq=False)
@@ -49,9 +62,11 @@ class Sequence:
     params: SamplingParams
     prompt: list[int]
     state: list[int]
+    arrival: int
     full: Stream = field(init=False)
     guidance: list[Stream] = field(default_factory=list)
     generator: torch.Generator | None = None
+    seen: Tensor | None = None
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +76,16 @@ class Sequence:
     @property
     def new_ids(self) -> list[int]:
         return self.full.token_ids[len(self.prompt) :]
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Its own, and while it writes codes under guidance one or two that see less."""
+        return [self.full, *self.guidance]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the model has read all of it, so that its next id can be drawn."""
+        return not any(stream.n_pending for stream in self.streams)
 
     @property
     def drawing_from(self) -> int:
@@ -74,11 +99,11 @@ class Sequence:
 
     @property
     def max_rows(self) -> int:
-        """Rows of the cache it may come to need."""
+        """Streams it may come to have."""
         return 1 if self.params.guidance is None or self.params.mode == "text" else 3
 
     def append(self, token_id: int) -> None:
-        for stream in (self.full, *self.guidance):
+        for stream in self.streams:
             stream.token_ids.append(token_id)
 
     def completion(self) -> Completion:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from openchameleon.errors import Diverged, UserError
 from openchameleon.files import locked
+from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import HeadNorm, Transformer, initial_weight
 
 if TYPE_CHECKING:
@@ -215,15 +216,7 @@ def _divide_layers(model: Transformer, world: World) -> None:
     )
 
     assert world.mesh is not None
-    config, n = model.config, world.tensor_size
-    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
-        if (value := getattr(config, name)) % n:
-            raise UserError(f"parallel.tensor = {n} does not divide {name} = {value}.")
-    if config.qk_norm and config.qk_norm_groups % n and n % config.qk_norm_groups:
-        raise UserError(
-            f"parallel.tensor = {n} and qk_norm_groups = {config.qk_norm_groups}: one must divide"
-            " the other."
-        )
+    require_divisible(model.config, world.tensor_size)
     rows, columns = RowwiseParallel(), ColwiseParallel()
     plan = {
         "attention.wq": columns, "attention.wk": columns, "attention.wv": columns,
@@ -232,8 +225,26 @@ def _divide_layers(model: Transformer, world: World) -> None:
     }  # fmt: skip
     for layer in model.layers:
         parallelize_module(layer, world.mesh["tensor"], plan)
+    divide_norms(model, world)
+
+
+def require_divisible(config: ModelConfig, n_parts: int) -> None:
+    """UserError unless each layer can be computed in that many parts."""
+    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
+        if (value := getattr(config, name)) % n_parts:
+            raise UserError(f"{n_parts} processes cannot divide a layer: {name} = {value}.")
+    groups = config.qk_norm_groups
+    if config.qk_norm and groups % n_parts and n_parts % groups:
+        raise UserError(
+            f"{n_parts} processes cannot divide a layer with qk_norm_groups = {groups}: one must"
+            " divide the other."
+        )
+
+
+def divide_norms(model: Transformer, world: World) -> None:
+    """Each process takes the QK-norms of its own heads."""
     for norm in _head_norms(model):
-        norm.part, norm.n_parts = world.tensor_rank, n
+        norm.part, norm.n_parts = world.tensor_rank, world.tensor_size
 
 
 def _head_norms(model: nn.Module) -> list[HeadNorm]:

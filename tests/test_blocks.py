@@ -107,6 +107,21 @@ def test_ends_are_given_up_before_beginnings() -> None:
     assert read(blocks, Stream([*range(9)])) == 1
 
 
+def test_what_is_forgotten_is_read_again_and_what_is_held_is_kept() -> None:
+    blocks = BlockManager(9, SIZE)
+    held, gone = Stream(list(range(6))), Stream([7] * 9)
+    read(blocks, held)
+    read(blocks, gone)
+    blocks.release(gone)
+    blocks.forget()
+    check(blocks, [held])
+    again = Stream([7] * 9)
+    assert read(blocks, again) == 9
+    held.token_ids += [1] * 6
+    read(blocks, held)
+    check(blocks, [held, again])
+
+
 def sequence(arrival: int, n_ids: int) -> Sequence:
     return Sequence(SamplingParams(), [arrival] * n_ids, [-1, 0, 9, 99, -1], arrival)
 

@@ -56,6 +56,9 @@ class FakeModel:
         for rank, i in enumerate(favourites):
             self.preference[i] = 1e4 - rank
 
+    def parameters(self) -> list[Tensor]:
+        return [self.preference]
+
     def hidden(self, token_ids: Tensor, *_: Any) -> Tensor:
         return self.preference.expand(*token_ids.shape, -1)
 
@@ -481,3 +484,14 @@ def test_streams_beside_each_other_get_their_own_answers() -> None:
                 open_ones.discard(i)
     wanted = [Engine(MODEL, VOCAB).generate([r])[0].token_ids for r in requests]
     assert got == wanted
+
+
+def test_weights_that_change_between_requests_are_noticed() -> None:
+    model = tiny_model()
+    engine, request = Engine(model, VOCAB, block_size=2), Request([BOS, *[TEXT] * 9], greedy())
+    before = engine.generate([request])
+    with torch.no_grad():
+        model.layers[0].attention.wv.weight.mul_(-3)  # type: ignore[union-attr, operator]
+    after = engine.generate([request])
+    assert after == Engine(model, VOCAB).generate([request])
+    assert after != before

@@ -103,6 +103,14 @@ class BlockManager:
                 heapq.heappush(self._free, block)
         stream.blocks, stream.n_read, stream.n_published, stream.serial = [], 0, 0, 0
 
+    def forget(self) -> None:
+        """Makes nothing known any more; who holds blocks keeps them."""
+        for block in self._idle:
+            heapq.heappush(self._free, block)
+        self._idle.clear()
+        self._block_of.clear()
+        self._known.clear()
+
     def _hold(self, block: int) -> None:
         self._idle.pop(block, None)
         self._holders[block] = self._holders.get(block, 0) + 1

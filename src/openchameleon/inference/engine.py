@@ -62,7 +62,7 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_batch, max_prefill)
         pool = KVPool(model.config.n_layers, self.blocks.n_blocks, block_size)
         self.runner = Runner(model, pool, vocab.pad_id)
-        self._n_arrived = 0
+        self._n_arrived, self._weights = 0, weights_of(model)
 
     @property
     def busy(self) -> bool:
@@ -75,6 +75,9 @@ class Engine:
         The sequence that comes back may be finished already, where no id fits.
         """
         sequence = self._sequence(request)
+        if self._weights != (now := weights_of(self.model)):
+            self.blocks.forget()  # trained on in between: what was read holds no longer
+            self._weights = now
         if sequence.finish_reason is None:
             self.scheduler.add(sequence)
         return sequence
@@ -251,6 +254,11 @@ def default_cache_tokens(model: Transformer, max_batch: int, block_size: int) ->
     else:
         return wanted
     return max(3 * context, min(wanted, int(MEMORY_SHARE * free) // n_bytes))
+
+
+def weights_of(model: Transformer) -> int:
+    """A number that changes when any weight is written to or replaced."""
+    return hash(tuple((id(p), p._version) for p in model.parameters() if not p.is_inference()))
 
 
 def hidden_of(stream: Stream) -> Tensor:

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from openchameleon.inference.blocks import NULL_BLOCK, BlockManager
+from openchameleon.inference.lookahead import n_right, next_guess
 from openchameleon.inference.params import SamplingParams
 from openchameleon.inference.scheduler import Scheduler
 from openchameleon.inference.sequence import Sequence, Stream
@@ -146,7 +147,7 @@ def test_the_oldest_is_never_made_to_wait_and_order_is_kept() -> None:
         arrivals = [s.arrival for s in (*scheduler.running, *scheduler.waiting)]
         assert arrivals == sorted(arrivals)
         for s in [s for s in scheduler.running if s.is_read]:
-            s.append(rng.randrange(99))
+            s.append([rng.randrange(99)])
             if len(s.full.token_ids) >= 36:
                 ended.append(s.arrival)
                 scheduler.remove(s)
@@ -156,3 +157,13 @@ def test_the_oldest_is_never_made_to_wait_and_order_is_kept() -> None:
     assert sorted(ended) == list(range(8))
     assert scheduler.n_preempted > 3
     assert blocks.n_held == 0
+
+
+def test_a_guess_is_as_long_as_the_last_one_was_good() -> None:
+    assert n_right([], [5]) == 0
+    assert n_right([5, 6, 7], [5, 6, 9, 1]) == 2
+    assert next_guess([5, 6, 9, 1], 2, n_left=30, most=16) == [1, 1, 1, 1, 1]
+    assert next_guess([5, 6, 9, 1], 0, n_left=30, most=16) == [6]
+    assert next_guess([5, 6, 9, 1], 1, n_left=3, most=16) == [9, 1]
+    assert next_guess([5], 0, n_left=1, most=16) == []
+    assert next_guess([5], 0, n_left=9, most=-1) == []

@@ -232,11 +232,11 @@ def test_guidance_runs_its_streams_and_only_inside_a_picture(
 
     monkeypatch.setattr(MODEL, "hidden", counted)
     ones = greedy(mode="image", guidance_text=1.0, guidance_image=1.0)
-    Engine(MODEL, VOCAB).generate([Request([BOS, TEXT], ones)])
-    assert n_rows == [1, 1, 1, 2, 2, 2, 1, 1]  # begin; two prefills; three codes; end; eos
+    Engine(MODEL, VOCAB, lookahead=0).generate([Request([BOS, TEXT], ones)])
+    assert n_rows == [1, 2, 2, 2, 2, 1, 1]  # begin; its guidance too; three codes; end; eos
     n_rows.clear()
-    Engine(MODEL, VOCAB).generate([Request([BOS, *PICTURE, TEXT], ones)])
-    assert n_rows == [1, 1, 1, 1, 3, 3, 3, 1, 1]
+    Engine(MODEL, VOCAB, lookahead=0).generate([Request([BOS, *PICTURE, TEXT], ones)])
+    assert n_rows == [1, 2, 1, 3, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -339,7 +339,8 @@ def test_inside_pictures_only_the_codes_rows_of_the_head_are_read(
 
     model = Transformer(dataclasses.replace(CONFIG, n_kv_heads=4)).eval()  # no 16-row projection
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    Engine(model, VOCAB).generate([Request([BOS], greedy(mode="image"))] * 2)
+    engine = Engine(model, VOCAB, lookahead=0)
+    engine.generate([Request([BOS], greedy(mode="image"))] * 2)
     assert sizes == [VOCAB.size, *[IMAGE.count] * IMAGE.codes_per_item, VOCAB.size, VOCAB.size]
 
 
@@ -363,10 +364,33 @@ def test_api_misuse_is_a_value_error() -> None:
         Engine(noisy, VOCAB).generate([Request([BOS])])
 
 
-def test_model_calls_keep_single_ids_apart_and_bound_their_padding() -> None:
+def test_model_calls_bound_their_padding() -> None:
     assert read_cuts([]) == [0]
     assert read_cuts([5]) == [0, 1]
-    assert read_cuts([1, 1, 2, 3, 4, 5, 40]) == [0, 2, 5, 6, 7]
+    assert read_cuts([1, 1, 2, 3, 4, 5, 40]) == [0, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("lookahead", "block_size"), [(0, 16), (1, 2), (3, 3)])
+def test_guessing_ahead_changes_no_answer(
+    lookahead: int, block_size: int, alone: list[Completion]
+) -> None:
+    requests = mixed_requests()
+    got = Engine(MODEL, VOCAB, 9, lookahead=lookahead, block_size=block_size).generate(requests)
+    assert_same(requests, got, alone)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_a_picture_whose_codes_do_not_depend_on_each_other_takes_fewer_steps(
+    lookahead: int,
+) -> None:
+    engine = Engine(FakeModel([IMAGE.first_id + 5]), VOCAB, lookahead=lookahead)
+    engine.add(Request([BOS], greedy(mode="image")))
+    n_steps = 0
+    while engine.busy:
+        engine.step()
+        n_steps += 1
+    # begin; a code; the next with one that was guessed, or one by one; the last; end; eos
+    assert n_steps == (7 if lookahead == 0 else 6)
 
 
 @pytest.mark.parametrize("max_prefill", [1, 3, 7])
@@ -378,7 +402,7 @@ def test_prompts_read_in_parts_are_answered_alike(
 
 
 def test_a_long_prompt_does_not_hold_up_the_others() -> None:
-    engine = Engine(MODEL, VOCAB, max_prefill=4)
+    engine = Engine(MODEL, VOCAB, max_prefill=4, lookahead=0)
     short = engine.add(Request([BOS], greedy(mode="image", max_images=3)))
     engine.step()
     engine.add(Request([BOS, *[TEXT] * 30]))

@@ -18,9 +18,10 @@ from openchameleon.errors import UserError
 from openchameleon.inference.blocks import BlockManager
 from openchameleon.inference.guidance import combine, guidance_streams
 from openchameleon.inference.kv_cache import KVPool
-from openchameleon.inference.modality import ModalityTable
+from openchameleon.inference.lookahead import n_right, next_guess
+from openchameleon.inference.modality import ModalityTable, after_codes
 from openchameleon.inference.runner import Runner
-from openchameleon.inference.sampling import RowParams, sample
+from openchameleon.inference.sampling import RowParams, Sampled, sample
 from openchameleon.inference.scheduler import Scheduler
 from openchameleon.inference.sequence import Completion, FinishReason, Request, Sequence, Stream
 from openchameleon.model.transformer import Transformer
@@ -37,7 +38,8 @@ class Engine:
     `generate` and `stream` are loops over these, and may run beside each other.
     max_batch: streams read at a time (a guided sequence has up to three). max_prefill: positions
     of prompts read in a step. cache_tokens: positions of all streams that are held at most; None
-    is what max_batch rows need, or as much of it as there is memory for.
+    is what max_batch rows need, or as much of it as there is memory for. lookahead: codes of a
+    picture that are guessed ahead at most (see lookahead.py); fewer where many streams run.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class Engine:
         max_prefill: int = 2048,
         block_size: int = 16,
         cache_tokens: int | None = None,
+        lookahead: int = 16,
     ) -> None:
         if model.config.vocab_size != vocab.size:
             raise ValueError(f"vocab has {vocab.size} ids, the model {model.config.vocab_size}")
         for name, value in (("max_batch", max_batch), ("max_prefill", max_prefill)):
             if value < 1:
                 raise ValueError(f"{name} = {value} is not at least 1")
-        self.model, self.vocab = model, vocab
+        self.model, self.vocab, self.lookahead = model, vocab, lookahead
         self.table = ModalityTable(vocab, model.output_weight.device)
         if cache_tokens is None:
             cache_tokens = default_cache_tokens(model, max_batch, block_size)
@@ -154,35 +157,79 @@ class Engine:
         return sequence
 
     def _advance(self, group: list[Sequence]) -> None:
-        """Draws the next id of sequences that all write text, or all codes of one range."""
+        """Draws the next ids of sequences that all write text, or all codes of one range."""
+        if group[0].drawing_from >= 0:
+            self._write_codes(group)
+        else:
+            self._write_text(group)
+
+    def _write_text(self, group: list[Sequence]) -> None:
+        """One id each, of those that the modality table allows."""
         table = self.table
         state = torch.tensor([s.state for s in group], device=table.device)
-        ids, ok = self._draw(group, state)
-        next_state = table.advance(state, ids)
-        exhausted = table.exhausted(next_state)
-        report = torch.cat([torch.stack([ids, ok.long(), exhausted.long()], 1), next_state], 1)
-        for sequence, (token_id, fine, spent, *after) in zip(group, report.tolist(), strict=True):
-            self._append(sequence, token_id, bool(fine), bool(spent), after)
+        logits = self._logits(group, 0, self.vocab.size)
+        ids, ok = self._draw(group, logits, table.allowed(state), self._seen(group))
+        after = table.advance(state, ids)
+        exhausted = table.exhausted(after)
+        report = torch.cat([torch.stack([ids, ok.long(), exhausted.long()], 1), after], 1)
+        for sequence, (token_id, fine, spent, *state_after) in zip(
+            group, report.tolist(), strict=True
+        ):
+            if not fine:
+                self._finish(sequence, "nonfinite_logits")
+            elif token_id == self.vocab.eos_id:
+                self._finish(sequence, "stop")
+            else:
+                self._append(sequence, [token_id], state_after)
+                if spent:
+                    self._finish(sequence, "length")
 
-    def _draw(self, group: list[Sequence], state: Tensor) -> tuple[Tensor, Tensor]:
-        """The next ids of the group, (R,), and which rows' logits were fine."""
-        # Inside a range every code is allowed and nothing else, so only the codes' rows of the
-        # head are needed (8,192 of 65,536 in the published vocabulary).
-        first_id, stop_id, allowed, seen = 0, self.vocab.size, None, None
-        if (index := group[0].drawing_from) >= 0:
-            r = self.vocab.code_ranges[index]
-            first_id, stop_id = r.first_id, r.stop_id
-        else:
-            allowed = self.table.allowed(state)
-            seen = self._seen(group)
+    def _write_codes(self, group: list[Sequence]) -> None:
+        """The next code each, and those after it that were guessed right."""
+        # Every code is allowed and nothing else, so only the codes' rows of the head are needed
+        # (8,192 of 65,536 in the published vocabulary).
+        r = self.vocab.code_ranges[group[0].drawing_from]
+        logits = self._logits(group, r.first_id, r.stop_id)
+        ids, ok = self._draw(group, logits)
+        rows = torch.stack([ids + r.first_id, ok.long()], 1).tolist()
+        start = 0
+        for sequence in group:
+            stop = start + 1 + len(sequence.guess)
+            drawn, fine = [i for i, _ in rows[start:stop]], [ok for _, ok in rows[start:stop]]
+            start = stop
+            n_codes = n_right(sequence.guess, drawn) + 1
+            if not all(fine[:n_codes]):
+                self._finish(sequence, "nonfinite_logits")
+                continue
+            state = after_codes(sequence.state, n_codes)
+            guess = next_guess(drawn, n_codes - 1, state[1], self._longest_guess())
+            self._append(sequence, drawn[:n_codes], state)
+            sequence.set_guess(guess)
+
+    def _longest_guess(self) -> int:
+        """Guesses fill what the running streams leave of a batch."""
+        n_streams = sum(len(s.streams) for s in self.scheduler.running)
+        return min(self.lookahead, self.scheduler.max_rows // n_streams - 1)
+
+    def _logits(self, group: list[Sequence], first_id: int, stop_id: int) -> Tensor:
+        """Guided float32 logits of ids first_id .. stop_id - 1: a row for each id to draw."""
         streams = [stream for sequence in group for stream in sequence.streams]
-        hidden = torch.stack([hidden_of(stream) for stream in streams])
+        hidden = torch.cat([hidden_of(stream) for stream in streams])
         logits = self.runner.logits(hidden, first_id, stop_id)
         if len(streams) > len(group):
             logits = combine(logits, *guided_rows(group, logits.device))
-        params = RowParams.of([s.modality for s in group], logits.device)
-        ids, ok = sample(logits, allowed, params, [s.generator for s in group], seen)
-        return ids + first_id, ok
+        return logits
+
+    def _draw(
+        self,
+        group: list[Sequence],
+        logits: Tensor,
+        allowed: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Sampled:
+        params = [s.modality for s in group for _ in range(1 + len(s.guess))]
+        uniforms = [u for s in group for u in s.next_uniforms(1 + len(s.guess))]
+        return sample(logits, allowed, RowParams.of(params, logits.device), uniforms, seen)
 
     def _seen(self, group: list[Sequence]) -> Tensor | None:
         """The text ids of each so far, bool (R, V); None where nobody has a repetition penalty."""
@@ -197,23 +244,18 @@ class Engine:
             sequence.seen[[i for i in new if self.vocab.is_text(i)]] = True
         return torch.stack([s.seen for s in group if s.seen is not None]).to(self.table.device)
 
-    def _append(
-        self, sequence: Sequence, token_id: int, fine: bool, exhausted: bool, state: list[int]
-    ) -> None:
-        """Gives a sequence its id and its next state; lets it go if that was the last."""
-        before, sequence.state = sequence.drawing_from, state
-        if not fine:
-            sequence.finish_reason = "nonfinite_logits"
-        elif token_id == self.vocab.eos_id:
-            sequence.finish_reason = "stop"
-        else:
-            sequence.append(token_id)
-            sequence.finish_reason = "length" if exhausted else None
-        if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence)
-        elif before != sequence.drawing_from:
+    def _append(self, sequence: Sequence, token_ids: list[int], state: list[int]) -> None:
+        """Gives a sequence its next ids and the state after them."""
+        before = sequence.drawing_from
+        sequence.append(token_ids)
+        sequence.state = state
+        if before != sequence.drawing_from:
             self.scheduler.close(sequence.guidance)
             sequence.guidance = self._guidance_of(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
 
     def _guidance_of(self, sequence: Sequence) -> list[Stream]:
         """The guidance streams of a sequence that is about to write codes and wants them."""
@@ -269,12 +311,14 @@ def hidden_of(stream: Stream) -> Tensor:
 def guided_rows(group: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
     """For `combine`: rows of the full, image-only and unconditional streams, (3, R), and scales.
 
-    A sequence without guidance is its own three streams, at scale 1.
+    A sequence without guidance is its own three streams, at scale 1. Each stream has a row for
+    each id to draw.
     """
     rows, scales, start = [], [], 0
     for sequence in group:
-        last = start + len(sequence.guidance)
-        rows.append((start, min(start + 1, last), last))
-        scales.append((sequence.params.guidance if sequence.guidance else None) or (1.0, 1.0))
-        start = last + 1
+        n, n_streams = 1 + len(sequence.guess), len(sequence.streams)
+        firsts = [start + n * min(i, n_streams - 1) for i in range(3)]
+        rows += [[first + j for first in firsts] for j in range(n)]
+        scales += [(sequence.params.guidance if sequence.guidance else None) or (1.0, 1.0)] * n
+        start += n * n_streams
     return torch.tensor(rows, device=device).T, torch.tensor(scales, device=device).T

@@ -110,6 +110,12 @@ class ModalityTable:
         return fits & ((forced < 0) | (forced == self._range_index))
 
 
+def after_codes(state: list[int], n: int) -> list[int]:
+    """The state of a row after n more codes of its open range: `advance` without tensors."""
+    open_range, codes_left, items_left, room, forced = state
+    return [open_range, codes_left - n, items_left, room - n, forced]
+
+
 def scan_prompt(vocab: Vocab, prompt: Sequence[int]) -> tuple[int, int]:
     """(open range or -1, codes left) after the prompt; UserError where an item is malformed."""
     begins = {r.begin_id: i for i, r in enumerate(vocab.code_ranges)}

@@ -13,7 +13,7 @@ from openchameleon.inference.engine import room_for
 from openchameleon.inference.guidance import from_open_item, without_text
 from openchameleon.inference.params import SamplingParams
 from openchameleon.inference.sampling import RowParams, sample
-from openchameleon.inference.sequence import Completion, Request, generator_for
+from openchameleon.inference.sequence import Completion, Request, generator_for, uniform
 from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import CodeRange, Vocab
 
@@ -37,7 +37,9 @@ def generate_reference(model: Transformer, vocab: Vocab, request: Request) -> Co
         seen[0, [i for i in prompt + new_ids if vocab.is_text(i)]] = True
         mask = torch.zeros(1, vocab.size, dtype=torch.bool)
         mask[0, sorted(allowed)] = True
-        ids, ok = sample(logits[None], mask, RowParams.of([modality]), [generator], seen)
+        ids, ok = sample(
+            logits[None], mask, RowParams.of([modality]), [uniform(generator, modality)], seen
+        )
         if not ok:
             return Completion(new_ids, "nonfinite_logits")
         if ids.item() == vocab.eos_id:

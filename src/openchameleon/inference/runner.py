@@ -25,34 +25,32 @@ class Runner:
         for start, stop in pairwise(read_cuts([n for _, n in reads])):
             group = reads[start:stop]
             for (stream, n_new), hidden in zip(group, self._call(group), strict=True):
-                stream.n_read += n_new
-                stream.hidden = hidden
+                stream.n_read += n_new - len(stream.guess)
+                stream.hidden = hidden[n_new - 1 - len(stream.guess) : n_new]
 
     def logits(self, hidden: Tensor, first_id: int, stop_id: int) -> Tensor:
         """Float32 logits (R, stop_id - first_id) of hidden states (R, C)."""
         return F.linear(hidden, self.model.output_weight[first_id:stop_id]).float()
 
     def _call(self, reads: list[Read]) -> Tensor:
-        """One model call -> hidden at the last new id of each stream, (B, C)."""
-        new_ids = [s.token_ids[s.n_read : s.n_read + n] for s, n in reads]
+        """One model call -> hidden at the new ids of each stream, (B, T, C), padded."""
+        new_ids = [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
         counts = [n for _, n in reads]
         padded = [ids + [self.pad_id] * (max(counts) - len(ids)) for ids in new_ids]
         device = self.model.output_weight.device
         tables, starts = [s.blocks for s, _ in reads], [s.n_read for s, _ in reads]
         view = self.pool.view(tables, starts, counts, device)
         token_ids = torch.tensor(padded, device=device)
-        hidden = self.model.hidden(token_ids, view.positions, view.mask, view)
-        return hidden[torch.arange(len(reads)), torch.tensor(counts) - 1]
+        return self.model.hidden(token_ids, view.positions, view.mask, view)
 
 
 def read_cuts(counts: list[int]) -> list[int]:
     """Where to cut ascending counts into model calls: 0, ..., len(counts).
 
-    Single ids go together. In a call, padded to its longest, no row more than doubles.
+    A call is padded to its longest: no row more than doubles, but for two ids.
     """
     cuts = [0]
     for stop, count in enumerate(counts):
-        shortest = counts[cuts[-1]]
-        if count > 2 * shortest or (shortest == 1 < count):
+        if count > 2 * counts[cuts[-1]] + 2:
             cuts.append(stop)
     return [*cuts, len(counts)] if counts else cuts

@@ -3,7 +3,7 @@
 Order: mask, repetition penalty, temperature, top-k, top-p, draw (as in the published system,
 with top-k added). A row's result depends on that row alone: filters keep every id down to a
 threshold, and the draw inverts the cumulative distribution in id order at one uniform number
-from the row's own generator.
+that is the row's own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ SHORT_SORT = 1024
 class RowParams:
     """The parameters of R rows as tensors (R,).
 
-    drawn: which rows have a temperature. n_sorted: likeliest ids that decide the filters, 0 = none.
+    drawn: whether any row has a temperature. n_sorted: likeliest ids that decide the filters, 0 =
+    none.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     repetition_penalty: Tensor
-    drawn: tuple[bool, ...]
+    drawn: bool
     n_sorted: int
 
     @staticmethod
@@ -44,7 +45,7 @@ class RowParams:
             torch.tensor([p.top_k or sys.maxsize for p in rows], device=device),
             torch.tensor([p.top_p for p in rows], device=device),
             torch.tensor([p.repetition_penalty for p in rows], device=device),
-            drawn=tuple(p.temperature > 0 for p in rows),
+            drawn=bool(sampled),
             n_sorted=max(filtered, default=0),
         )
 
@@ -60,14 +61,14 @@ def sample(
     logits: Tensor,
     allowed: Tensor | None,
     params: RowParams,
-    generators: Sequence[torch.Generator | None],
+    uniforms: Sequence[float],
     seen: Tensor | None = None,
 ) -> Sampled:
     """One id per row from float32 logits (R, V).
 
     allowed: bool (R, V), None = every id. seen: bool (R, V), the ids the repetition penalty
-    applies to. generators: one per row, on the CPU; a row that is drawn advances its own by one
-    number, a greedy one has no use for it and may have None.
+    applies to. uniforms: for each row the number in [0, 1) that it is drawn at; a greedy one has no
+    use for it.
     A row that is not ok (a non-finite logit among its allowed ids, or none allowed) gets an
     arbitrary id and leaves the others untouched.
     """
@@ -81,7 +82,7 @@ def sample(
         penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
         scores = torch.where(seen, penalised, scores)
     likeliest = scores.argmax(-1)
-    if not any(params.drawn):
+    if not params.drawn:
         return Sampled(likeliest, ok)
     hot = params.temperature > 0
     # The maximum goes first, so that no temperature, however small, overflows.
@@ -89,10 +90,6 @@ def sample(
     scores = scores / torch.where(hot, params.temperature, 1.0)[:, None]
     if params.n_sorted:
         scores = scores.masked_fill(scores < _threshold(scores, params), -torch.inf)
-    uniforms = [
-        torch.rand((), generator=generator).item() if drawn else 0.0
-        for drawn, generator in zip(params.drawn, generators, strict=True)
-    ]
     ids = draw(scores.softmax(-1), torch.tensor(uniforms, device=logits.device), likeliest)
     return Sampled(torch.where(hot, ids, likeliest), ok)
 

@@ -1,9 +1,9 @@
 """Who is read next: requests wait, run, give way and leave. Plain objects, no tensors.
 
-In a step every running stream with one unread id reads it; longer ones, prompts, share a budget
-of positions, so that a long prompt never holds up the others for more than one step. The oldest
-always gets its blocks: where none are left, the youngest gives its own back and waits, to be read
-again later.
+In a step every running stream with one unread id reads it, and its guess; longer ones, prompts,
+share a budget of positions, so that a long prompt never holds up the others for more than one
+step. The oldest always gets its blocks: where none are left, the youngest gives its own back and
+waits, to be read again later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openchameleon.inference.blocks import BlockManager, Key
 from openchameleon.inference.sequence import Sequence, Stream
 
 Read = tuple[Stream, int]
-"""A stream, and how many of its unread ids are read in this step."""
+"""A stream, and how many of its unread ids are read in this step, its guess included."""
 
 
 class Scheduler:
@@ -60,6 +60,7 @@ class Scheduler:
     def preempt_youngest(self) -> None:
         """Takes the blocks of the youngest; it waits, before those that have not begun."""
         victim = self.running.pop()
+        victim.set_guess([])
         self.close(victim.streams)
         self.waiting.appendleft(victim)
         self.n_preempted += 1
@@ -88,6 +89,9 @@ class Step:
 
     def plan(self, sequence: Sequence) -> None:
         """Plans what each stream of a running sequence reads."""
+        n_missing = sum(self.blocks.n_missing(s, 1 + len(s.guess)) for s in sequence.streams)
+        if sequence.guess and n_missing > self.blocks.n_available:
+            sequence.set_guess([])  # nobody gives way for a guess
         for stream in sequence.streams:
             if stream.n_pending > 1:
                 self.blocks.share(stream)
@@ -95,6 +99,7 @@ class Step:
             if key in self._being_read:
                 continue  # in the next step it takes that block over
             n_new = min(stream.n_pending, 1 if stream.n_pending == 1 else self.budget)
+            n_new += len(stream.guess)
             n_new = self._make_room(sequence, stream, n_new)
             if n_new:
                 self.reads.append((stream, n_new))

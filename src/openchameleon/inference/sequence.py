@@ -39,11 +39,13 @@ class Completion:
 class Stream:
     """Ids that the model reads as one row, the blocks of the cache they are read into.
 
-    n_read: how many of them it has read. hidden: what the output head reads after the last of
-    them, (C,), once all are read. serial, n_published: the bookkeeping of shared blocks.
+    n_read: how many of them it has read. guess: what may follow them, read with the last (see
+    lookahead.py). hidden: what the output head reads after the last of them and after each guess,
+    (1 + len(guess), C), once all are read. serial, n_published: the bookkeeping of shared blocks.
     """
 
     token_ids: list[int]
+    guess: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     n_read: int = 0
     hidden: Tensor | None = None
@@ -66,6 +68,7 @@ class Sequence:
     full: Stream = field(init=False)
     guidance: list[Stream] = field(default_factory=list)
     generator: torch.Generator | None = None
+    uniforms: list[float] = field(default_factory=list)
     seen: Tensor | None = None
     finish_reason: FinishReason | None = None
 
@@ -102,9 +105,30 @@ class Sequence:
         """Streams it may come to have."""
         return 1 if self.params.guidance is None or self.params.mode == "text" else 3
 
-    def append(self, token_id: int) -> None:
+    @property
+    def guess(self) -> list[int]:
+        """The codes that are guessed to come next."""
+        return self.full.guess
+
+    def set_guess(self, codes: list[int]) -> None:
         for stream in self.streams:
-            stream.token_ids.append(token_id)
+            stream.guess = codes
+
+    def append(self, token_ids: list[int]) -> None:
+        """Gives it its next ids. All but the last were guessed, and so are read already."""
+        for stream in self.streams:
+            stream.token_ids += token_ids
+            stream.n_read += len(token_ids) - 1
+        if self.modality.temperature > 0:
+            del self.uniforms[: len(token_ids)]
+
+    def next_uniforms(self, n: int) -> list[float]:
+        """The random numbers of the next n ids, one each; `append` uses them up."""
+        if self.modality.temperature == 0:
+            return [0.0] * n
+        while len(self.uniforms) < n:
+            self.uniforms.append(uniform(self.generator, self.modality))
+        return self.uniforms[:n]
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "a completion was asked of an unfinished sequence"
@@ -120,3 +144,8 @@ def generator_for(params: SamplingParams) -> torch.Generator | None:
         generator.seed()
         return generator
     return generator.manual_seed(params.seed)
+
+
+def uniform(generator: torch.Generator | None, params: ModalityParams) -> float:
+    """The number that an id is drawn at; a greedy one has no use for any and takes none."""
+    return torch.rand((), generator=generator).item() if params.temperature > 0 else 0.0

@@ -20,7 +20,7 @@ DATA = TOKENIZER | {"model", "data"}
 CHECKPOINTS = TOKENIZER | {"model", "inference", "model_folder", "checkpoints"}
 PIPELINE = DATA | CHECKPOINTS | {"pipeline"}
 EVALUATION = PIPELINE | {"world", "evaluation"}
-SERVE = PIPELINE | {"train", "serve"}
+SERVE = PIPELINE | {"train", "serve", "__version__"}
 RECIPES = EVALUATION | {"train", "recipes"}
 
 ALLOWED: dict[str, set[str]] = {

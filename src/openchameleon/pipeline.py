@@ -53,6 +53,10 @@ Prompt = str | Document | Conversation
 """What a model continues: one user turn (text alone, or text and pictures), or a conversation."""
 
 
+class PromptTooLong(UserError):
+    """The prompt leaves the model no room for an answer."""
+
+
 class Wishes(TypedDict, total=False):
     """What a call may change in a model's own sampling; None leaves it.
 
@@ -179,7 +183,7 @@ class Chameleon:
         requests = []
         for i, prompt in enumerate(prompts):
             seed = None if sampling.seed is None else sampling.seed + i
-            requests.append(self._request(prompt, raw, replace(sampling, seed=seed)))
+            requests.append(self.request(prompt, raw=raw, params=replace(sampling, seed=seed)))
         completions = self.engine.generate(requests)
         for completion in completions:
             _require_finite(completion.finish_reason)
@@ -197,8 +201,37 @@ class Chameleon:
 
         A wrong prompt is refused here, before the first piece is asked for.
         """
+        request = self.request(prompt, raw=raw, params=params, **wishes)
+        return self._events(self.engine.stream(request))
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **wishes: Unpack[Wishes],
+    ) -> Request:
+        """What `engine.add` takes, for those who step the engine themselves.
+
+        Arguments and errors as of `generate`; a prompt that is too long is a `PromptTooLong`.
+        """
         sampling = _sampling(params or self.config.sampling, wishes)
-        return self._events(self.engine.stream(self._request(prompt, raw, sampling)))
+        mode = self._allowed(sampling.mode)
+        ids = self.tokenizer.render_prompt(_record(prompt, raw))
+        context = self.config.model.max_seq_len
+        if len(ids) >= context:
+            raise PromptTooLong(
+                f"The prompt is too long: it takes {len(ids)} tokens and the model holds {context},"
+                " its answer included; shorten it or leave pictures out."
+            )
+        room = min(context - len(ids), sampling.max_tokens or context)
+        if mode == "image" and room <= self.config.vocab.image.item_len:
+            raise UserError(
+                f"There is no room for a picture: it takes {self.config.vocab.image.item_len + 1}"
+                f" tokens and {room} may be written; shorten the prompt or allow more tokens."
+            )
+        return Request(ids, replace(sampling, mode=mode))
 
     def _events(self, token_ids: Generator[int, None, FinishReason]) -> Iterator[Event]:
         decoder = StreamDecoder(self.tokenizer)
@@ -210,24 +243,6 @@ class Chameleon:
                 break
             yield from decoder.push(token_id)
         yield from decoder.finish()
-
-    def _request(self, prompt: Prompt, raw: bool, sampling: SamplingParams) -> Request:
-        """The engine's request for a prompt, after everything that could be wrong with it."""
-        mode = self._allowed(sampling.mode)
-        ids = self.tokenizer.render_prompt(_record(prompt, raw))
-        context = self.config.model.max_seq_len
-        if len(ids) >= context:
-            raise UserError(
-                f"The prompt is too long: it takes {len(ids)} tokens and the model holds {context},"
-                " its answer included; shorten it or leave pictures out."
-            )
-        room = min(context - len(ids), sampling.max_tokens or context)
-        if mode == "image" and room <= self.config.vocab.image.item_len:
-            raise UserError(
-                f"There is no room for a picture: it takes {self.config.vocab.image.item_len + 1}"
-                f" tokens and {room} may be written; shorten the prompt or allow more tokens."
-            )
-        return Request(ids, replace(sampling, mode=mode))
 
     def _allowed(self, mode: Mode) -> Mode:
         """`mode`, narrowed to what the model may write. UserError if nothing is left of it."""

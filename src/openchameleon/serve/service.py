@@ -1,0 +1,208 @@
+"""What the routes share: the model, its worker, the threads for pictures, and whether it is open.
+
+loading -> ready -> draining
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from fastapi import Request as HTTPRequest
+
+from openchameleon.errors import UserError
+from openchameleon.inference.engine import Engine
+from openchameleon.inference.sequence import Request
+from openchameleon.pipeline import Chameleon, PromptTooLong
+from openchameleon.serve.answer import Answer
+from openchameleon.serve.errors import ApiError, unavailable
+from openchameleon.serve.metrics import Metrics
+from openchameleon.serve.worker import Job, Worker
+
+T = TypeVar("T")
+RETRY_AFTER = 2  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves.
+
+    max_running: answers being written at a time. max_open: requests let in at a time, those in
+    line included; more get 429. drain: seconds that answers may take to end after SIGTERM.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_running: int = 64
+    max_open: int = 128
+    drain: float = 30.0
+    picture_threads: int = 2
+
+
+class Service:
+    """One model behind the routes. `load` gives it, in a thread of its own."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Chameleon]) -> None:
+        self.settings, self._load = settings, load
+        self.metrics = Metrics()
+        self.worker = Worker(self._make_engine, settings.max_running, self.metrics)
+        self.pool = ThreadPoolExecutor(settings.picture_threads, "pictures")
+        self.draining = False
+        self.n_open = 0
+        self.failure: Exception | None = None
+        self._chameleon: Chameleon | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.worker.ready and not self.draining
+
+    @property
+    def chameleon(self) -> Chameleon:
+        """The model. ApiError 503 while it is loaded."""
+        if self._chameleon is None:
+            raise unavailable("The model is being loaded; try again soon.")
+        return self._chameleon
+
+    @property
+    def picture_size(self) -> str:
+        """Of what the model draws, as "96x96"; "0x0" for a model of text alone."""
+        image = self.chameleon.tokenizer.image
+        side = image.resolution if image else 0
+        return f"{side}x{side}"
+
+    def require_model(self, name: str | None) -> None:
+        """ApiError 404 for a model that is not served here."""
+        if name not in (None, self.settings.name):
+            raise ApiError(404, "model_not_found", f"There is no model {name[:100]!r} here; it is"
+                           f" {self.settings.name!r}.", "model")  # fmt: skip
+
+    async def start(self) -> None:
+        """Loads the model and starts the engine. What goes wrong is raised, and kept: `failure`."""
+        try:
+            self._chameleon = await asyncio.to_thread(self._load)
+        except Exception as error:
+            self.failure = error
+            raise
+        self.worker.start()
+
+    def stop(self) -> None:
+        if self._chameleon is not None:
+            self.worker.stop()
+        self.pool.shutdown(cancel_futures=True)
+
+    def enter(self) -> None:
+        """Lets a request in, until `leave`. ApiError 429 where it is full, 503 where closed."""
+        if self.draining:
+            raise unavailable("The server is ending; send the request to another, or again soon.")
+        _ = self.chameleon
+        if not self.worker.ready:
+            raise unavailable("The engine is being restarted; try again soon.")
+        if self.n_open >= self.settings.max_open:
+            raise ApiError(
+                429, "too_many_requests",
+                f"The server is busy with {self.n_open} requests; try again soon.",
+                headers={"Retry-After": str(RETRY_AFTER)},
+            )  # fmt: skip
+        self.n_open += 1
+        self.metrics.requests.set(self.n_open)
+
+    def leave(self) -> None:
+        self.n_open -= 1
+        self.metrics.requests.set(self.n_open)
+
+    async def prepare(self, make: Callable[[Chameleon], T]) -> T:
+        """What `make` makes of the model, with its pictures, in the pool. ApiError for mistakes."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, make, self.chameleon)
+        except PromptTooLong as error:
+            raise ApiError(400, "context_length_exceeded", str(error), "input") from error
+        except UserError as error:
+            raise ApiError(400, "invalid_request", str(error)) from error
+
+    def submit(
+        self, request: Request, partial_pictures: int = 0, stops: tuple[str, ...] = ()
+    ) -> Answer:
+        """Puts a request in line; the answer is to be followed, and given up by `cancel`."""
+        job = self.worker.submit(request)
+        return Answer(job, self.chameleon.tokenizer, self.metrics, partial_pictures, stops)
+
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Ends what is under way of them, as aborted by the client."""
+        for answer in answers:
+            self.worker.cancel(answer.job, "stop" if answer.stopped else "aborted")
+
+    async def collect(self, http: HTTPRequest, answers: Sequence[Answer]) -> None:
+        """Follows answers to their end, or until the client has gone. ApiError if one failed."""
+        try:
+            await unless_gone(http, asyncio.gather(*(self._follow(a) for a in answers)))
+        finally:
+            self.cancel(answers)
+        for answer in answers:
+            if error := failure_of(answer.job):
+                raise error
+
+    async def _follow(self, answer: Answer) -> None:
+        async for _ in answer.pieces(self.pool):
+            pass
+        if answer.stopped:
+            self.cancel([answer])
+
+    def _make_engine(self) -> Engine:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Engine(self.chameleon.model, self.chameleon.config.vocab)
+
+
+class ClientGone(Exception):
+    """Nobody waits for this answer any more."""
+
+
+async def unless_gone(http: HTTPRequest, work: asyncio.Future[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes: then ClientGone."""
+    gone = asyncio.ensure_future(_disconnect(http))
+    both: list[asyncio.Future[Any]] = [work, gone]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return await work
+    finally:
+        for task in both:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _disconnect(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def failure_of(job: Job) -> ApiError | None:
+    """The error that a job ended with, or None."""
+    if job.outcome == "nonfinite_logits":
+        return ApiError(
+            500, "nonfinite_logits",
+            "The model computed numbers that are not finite: its weights are damaged, or the dtype"
+            " is too narrow for them.",
+        )  # fmt: skip
+    if job.outcome == "crashed":
+        return ApiError(500, "server_error", f"The engine failed on answer {job.id}; it is being"
+                        " restarted: try again.")  # fmt: skip
+    if job.outcome == "stopped":
+        return unavailable("The server is ending; send the request to another, or again soon.")
+    return None
+
+
+def seed_for(seed: int | None) -> int:
+    """The seed asked for, or a new one: so that every answer can be had again."""
+    return random.SystemRandom().randrange(2**31) if seed is None else seed

@@ -1,0 +1,58 @@
+"""Server-sent events: lines that come while an answer is written; who stops reading stops it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from openchameleon.serve.answer import Answer
+from openchameleon.serve.errors import dumps
+from openchameleon.serve.service import Service
+
+KEEP_ALIVE = 15.0  # seconds without a line, after which proxies may think a stream dead
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """One event; its data are JSON in one line."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {dumps(data)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends the lines; however it ends, the answers behind them are given up."""
+
+    def __init__(
+        self, service: Service, answers: Sequence[Answer], lines: AsyncIterator[str]
+    ) -> None:
+        super().__init__(_alive(lines), media_type="text/event-stream", headers=HEADERS)
+        self._service, self._answers = service, answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.cancel(self._answers)
+
+
+async def _alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The lines, and a comment whenever none came for a while."""
+    line: asyncio.Task[str] | None = None
+    try:
+        while True:
+            line = line or asyncio.ensure_future(anext(lines))
+            done, _ = await asyncio.wait({line}, timeout=KEEP_ALIVE)
+            if not done:
+                yield ": still here\n\n"
+                continue
+            try:
+                yield line.result()
+            except StopAsyncIteration:
+                return
+            line = None
+    finally:
+        if line is not None:
+            line.cancel()

@@ -11,7 +11,7 @@ import base64
 import binascii
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -20,6 +20,7 @@ import PIL.Image
 from openchameleon.document import Conversation, Document, Image, Message, Role, Segment, Text
 from openchameleon.errors import UserError
 from openchameleon.image_io import FORMATS, open_image
+from openchameleon.inference.sequence import Request
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
 
@@ -39,10 +40,11 @@ class Given:
     new_message: bool = False
 
 
-def conversation(parts: Iterable[Given], context: int) -> Conversation:
+def conversation(parts: Iterable[Given], context: int, param: str) -> Conversation:
     """The turns that the parts make. ApiError names the part that is wrong.
 
     context: the tokens a model holds; text that cannot fit is refused before it is looked at.
+    param: what the whole of the parts is called.
     """
     parts = list(parts)
     n_chars = sum(len(part.text or "") for part in parts)
@@ -50,7 +52,7 @@ def conversation(parts: Iterable[Given], context: int) -> Conversation:
         at_least = n_chars // limits.MAX_CHARS_PER_TOKEN
         raise ApiError(400, "context_length_exceeded",
                        f"The prompt is too long: its {n_chars} characters take at least {at_least}"
-                       f" tokens and the model holds {context}; shorten it.", "input")  # fmt: skip
+                       f" tokens and the model holds {context}; shorten it.", param)  # fmt: skip
     pictures = read_pictures(parts)
     system = [part for part in parts if part.role == "system"]
     turns: list[Message] = []
@@ -65,12 +67,20 @@ def conversation(parts: Iterable[Given], context: int) -> Conversation:
         turns.append(Message(role, Document([*segments, *_segments(turn, pictures)])))
     if not turns or turns[-1].role != "user":
         raise ApiError(400, "invalid_value", "There is nothing to answer: the last message must be"
-                       " the user's.", parts[-1].param if parts else "input")  # fmt: skip
+                       " the user's.", parts[-1].param if parts else param)  # fmt: skip
     last = turns[-1].document
     if not last.images and not last.text.strip():
         raise ApiError(400, "invalid_value", "The last message is empty: give some text or a"
                        " picture.", said[-1].param)  # fmt: skip
     return Conversation(turns)
+
+
+def seeded(request: Request, n: int) -> list[Request]:
+    """The request n times; answer i has the seed + i."""
+    seed = request.params.seed
+    assert seed is not None, "requests of clients have a seed"
+    params = [replace(request.params, seed=(seed + i) % 2**63) for i in range(n)]
+    return [replace(request, params=p) for p in params]
 
 
 def _segments(turn: list[Given], pictures: dict[int, PIL.Image.Image]) -> Iterator[Segment]:

@@ -28,7 +28,7 @@ from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
 from openchameleon.serve import schema
 from openchameleon.serve.answer import Answer, Begun, Partial, Picture, Piece
-from openchameleon.serve.errors import Json
+from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.prompts import Given, conversation
 from openchameleon.serve.schema import MessageItem, PictureItem, ResponsesRequest, TextPart
@@ -47,11 +47,11 @@ async def create(body: ResponsesRequest, http: HTTPRequest) -> HTTPResponse:
     service: Service = http.app.state.service
     service.require_model(body.model)
     seed = seed_for(body.seed)
-    request = await service.prepare(partial(_request, body, seed))
+    request = await service.prepare(partial(_request, body, seed), "input")
     answer = service.submit(request, _n_partial(body))
     draft = Draft(body, seed, service, answer)
     if body.stream:
-        return EventStream(service, [answer], _lines(draft, service))
+        return EventStream(service, [answer], _lines(draft, service), draft.last_words)
     await service.collect(http, [answer])
     for piece in draft.whole():
         draft.take(piece)
@@ -83,7 +83,7 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
 
 
 def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> Request:
-    prompt = conversation(parts_of(body), model.config.model.max_seq_len)
+    prompt = conversation(parts_of(body), model.config.model.max_seq_len, "input")
     return model.request(prompt, **body.wishes(_mode(body), seed, body.max_output_tokens))
 
 
@@ -177,6 +177,11 @@ class Draft:
         else:
             response.status = "completed"
         return [*events, self._whole(f"response.{response.status}")]
+
+    def last_words(self, error: ApiError) -> str:
+        """The event of a stream that cannot go on."""
+        e = self._event("error", code=error.code, message=error.message, param=None)
+        return event(e, "error")
 
     def whole(self) -> Iterator[Piece]:
         """The pieces of an answer that has ended."""

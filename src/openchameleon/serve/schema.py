@@ -202,6 +202,97 @@ class ResponsesRequest(Sampling):
     reasoning: Ignored = None
 
 
+# --- /v1/chat/completions: requests
+
+
+class ChatText(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Body):
+    url: str = Field(description="A data: URL.")
+    detail: Ignored = None
+
+
+class ChatImage(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    index: Ignored = None
+
+
+ChatPart = Annotated[ChatText | ChatImage, Field(discriminator="type")]
+
+
+class ChatMessage(Body):
+    """A message. `images` are those of an earlier answer, given back; they follow its text."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[ChatPart] | None = None
+    images: list[ChatImage] | None = None
+    name: Ignored = None
+    refusal: Ignored = None
+    annotations: Ignored = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
+
+
+class ChatRequest(Sampling):
+    """A request for answers of text, and of pictures beside it."""
+
+    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(
+            ["frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs",
+             "tools", "functions", "audio", "prediction", "web_search_options"], NOTHING
+        ),
+        "tool_choice": (None, "none", "auto"),
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+    }  # fmt: skip
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    n: int | None = Field(None, ge=1, le=limits.MAX_ANSWERS, description="Answer i has seed + i.")
+    max_tokens: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
+    stop: Stop | Annotated[list[Stop], Field(max_length=limits.MAX_STOPS)] | None = None
+    modalities: list[Literal["text", "image"]] | None = Field(
+        None, min_length=1, max_length=2, description='["text"] is mode "text".'
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: Ignored = None
+    parallel_tool_calls: Ignored = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+
+
+# --- /v1/images/generations: requests
+
+
+class ImagesRequest(Sampling):
+    """A request for pictures from words."""
+
+    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(["stream", "partial_images"], NOTHING),
+        "mode": (None, "image"),
+        "response_format": (None, "b64_json"),
+        "output_format": (None, "png"),
+    }
+
+    prompt: str
+    n: int | None = Field(None, ge=1, le=limits.MAX_ANSWERS, description="Picture i has seed + i.")
+    size: str | None = Field(None, description='"auto", or the model\'s own size.')
+    quality: Ignored = None
+    style: Ignored = None
+    background: Ignored = None
+    moderation: Ignored = None
+    output_compression: Ignored = None
+
+
 # --- /v1/responses: answers
 
 
@@ -281,6 +372,78 @@ class Response(BaseModel):
     parallel_tool_calls: bool = False
     tool_choice: Literal["auto", "none", "required"] = "auto"
     tools: list[Any] = []
+
+
+# --- /v1/chat/completions and /v1/images/generations: answers
+
+
+class AnswerUrl(BaseModel):
+    url: str
+
+
+class AnswerImage(BaseModel):
+    """A picture as a data: URL; `index` counts the pictures of one answer."""
+
+    type: Literal["image_url"] = "image_url"
+    image_url: AnswerUrl
+    index: int
+
+
+class AnswerMessage(BaseModel):
+    """`images` where there are any; only a stream says where they stand in the text."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    images: list[AnswerImage] = []
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: ChatUsage
+    seed: int
+
+
+class PictureData(BaseModel):
+    b64_json: str
+
+
+class PromptDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int = 0
+
+
+class PictureUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: PromptDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class Pictures(BaseModel):
+    created: int
+    data: list[PictureData]
+    output_format: Literal["png"] = "png"
+    size: str
+    seed: int
+    usage: PictureUsage
 
 
 # --- everywhere

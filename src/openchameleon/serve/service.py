@@ -118,14 +118,17 @@ class Service:
         self.n_open -= 1
         self.metrics.requests.set(self.n_open)
 
-    async def prepare(self, make: Callable[[Chameleon], T]) -> T:
-        """What `make` makes of the model, with its pictures, in the pool. ApiError for mistakes."""
+    async def prepare(self, make: Callable[[Chameleon], T], param: str) -> T:
+        """What `make` makes of the model, in the pool of threads, where pictures are read.
+
+        ApiError for mistakes; of those that no part is to blame for, `param` is the name.
+        """
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, make, self.chameleon)
         except PromptTooLong as error:
-            raise ApiError(400, "context_length_exceeded", str(error), "input") from error
+            raise ApiError(400, "context_length_exceeded", str(error), param) from error
         except UserError as error:
-            raise ApiError(400, "invalid_request", str(error)) from error
+            raise ApiError(400, "invalid_request", str(error), param) from error
 
     def submit(
         self, request: Request, partial_pictures: int = 0, stops: tuple[str, ...] = ()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
 from openchameleon.serve.answer import Answer
-from openchameleon.serve.errors import dumps
+from openchameleon.serve.errors import ApiError, dumps
 from openchameleon.serve.service import Service
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without a line, after which proxies may think a stream dead
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -23,12 +26,20 @@ def event(data: Any, name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends the lines; however it ends, the answers behind them are given up."""
+    """Sends the lines; however it ends, the answers behind them are given up.
+
+    last_words: the line that tells the client of an error, where the lines themselves failed.
+    """
 
     def __init__(
-        self, service: Service, answers: Sequence[Answer], lines: AsyncIterator[str]
+        self,
+        service: Service,
+        answers: Sequence[Answer],
+        lines: AsyncIterator[str],
+        last_words: Callable[[ApiError], str],
     ) -> None:
-        super().__init__(_alive(lines), media_type="text/event-stream", headers=HEADERS)
+        safe = _with_last_words(_alive(lines), last_words)
+        super().__init__(safe, media_type="text/event-stream", headers=HEADERS)
         self._service, self._answers = service, answers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -36,6 +47,19 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._service.cancel(self._answers)
+
+
+async def _with_last_words(
+    lines: AsyncIterator[str], last_words: Callable[[ApiError], str]
+) -> AsyncIterator[str]:
+    try:
+        async for line in lines:
+            yield line
+    except ApiError as error:
+        yield last_words(error)
+    except Exception:
+        log.exception("A stream failed.")
+        yield last_words(ApiError(500, "server_error", "The server failed on this answer."))
 
 
 async def _alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -115,7 +115,8 @@ def _add_page(app: FastAPI) -> None:
             raise HTTPException(404)
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
-    app.mount("/page", PageFiles(directory=PAGE, check_dir=False))
+    if PAGE.is_dir():
+        app.mount("/page", PageFiles(directory=PAGE))
 
 
 class PageFiles(StaticFiles):

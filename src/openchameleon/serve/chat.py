@@ -24,8 +24,9 @@ from openchameleon.serve import schema
 from openchameleon.serve.answer import Answer, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
-from openchameleon.serve.prompts import Given, conversation, seeded
-from openchameleon.serve.schema import AnswerImage, AnswerUrl, ChatMessage, ChatRequest
+from openchameleon.serve.pictures import Source
+from openchameleon.serve.prompts import Given, Speaker, read_prompt, seeded
+from openchameleon.serve.schema import AnswerImage, AnswerUrl, ChatImage, ChatMessage, ChatRequest
 from openchameleon.serve.service import Service, failure_of, seed_for
 from openchameleon.serve.sse import EventStream, event
 from openchameleon.tokenizer.mixed import TextDelta
@@ -39,7 +40,7 @@ async def create(body: ChatRequest, http: HTTPRequest) -> HTTPResponse:
     service: Service = http.app.state.service
     service.require_model(body.model)
     seed = seed_for(body.seed)
-    requests = await service.prepare(partial(_requests, body, seed), "messages")
+    requests, warnings = await service.prepare(partial(_requests, body, seed), "messages")
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     answers = [service.submit(request, stops=stops) for request in requests]
     head: dict[str, Any] = {
@@ -47,6 +48,7 @@ async def create(body: ChatRequest, http: HTTPRequest) -> HTTPResponse:
         "created": int(time.time()),
         "model": service.settings.name,
         "seed": seed,
+        "warnings": warnings,
     }
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -62,7 +64,7 @@ def parts_of(messages: Sequence[ChatMessage]) -> Iterator[Given]:
     """The messages' words and pictures, in order."""
     for i, message in enumerate(messages):
         where, role = f"messages[{i}]", message.role
-        speaker = "system" if role == "developer" else role
+        speaker: Speaker = "system" if role == "developer" else role
         if isinstance(message.content, str):
             yield Given(speaker, f"{where}.content", message.content, new_message=True)
         else:
@@ -71,18 +73,21 @@ def parts_of(messages: Sequence[ChatMessage]) -> Iterator[Given]:
                 if isinstance(part, schema.ChatText):
                     yield Given(speaker, f"{here}.text", part.text, new_message=k == 0)
                 else:
-                    url = part.image_url.url
-                    yield Given(speaker, f"{here}.image_url.url", url=url, new_message=k == 0)
+                    yield _picture(speaker, f"{here}.image_url.url", part, new_message=k == 0)
         for k, image in enumerate(message.images or []):
-            yield Given(speaker, f"{where}.images[{k}].image_url.url", url=image.image_url.url)
+            yield _picture(speaker, f"{where}.images[{k}].image_url.url", image)
 
 
-def _requests(body: ChatRequest, seed: int, model: Chameleon) -> list[Request]:
-    context = model.config.model.max_seq_len
-    prompt = conversation(parts_of(body.messages), context, "messages")
+def _picture(role: Speaker, param: str, part: ChatImage, new_message: bool = False) -> Given:
+    return Given(role, param, Source(param, part.image_url.url), new_message)
+
+
+def _requests(body: ChatRequest, seed: int, model: Chameleon) -> tuple[list[Request], list[str]]:
+    prompt = read_prompt(parts_of(body.messages), model, "messages")
     max_tokens = body.max_completion_tokens or body.max_tokens
-    request = model.request(prompt, **body.wishes(_mode(body), seed, max_tokens))
-    return seeded(request, body.n or 1)
+    wishes = body.wishes(_mode(body), seed, max_tokens)
+    requests = seeded(model.request(prompt.conversation, **wishes), body.n or 1)
+    return requests, prompt.warnings
 
 
 def _mode(body: ChatRequest) -> Mode | None:

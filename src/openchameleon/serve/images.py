@@ -14,7 +14,7 @@ from openchameleon.pipeline import Chameleon
 from openchameleon.serve import schema
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
-from openchameleon.serve.prompts import Given, conversation, seeded
+from openchameleon.serve.prompts import Given, read_prompt, seeded
 from openchameleon.serve.schema import ImagesRequest
 from openchameleon.serve.service import Service, seed_for
 
@@ -50,6 +50,6 @@ async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
 
 
 def _requests(body: ImagesRequest, seed: int, model: Chameleon) -> list[Request]:
-    context = model.config.model.max_seq_len
-    prompt = conversation([Given("user", "prompt", body.prompt)], context, "prompt")
-    return seeded(model.request(prompt, **body.wishes("image", seed, None)), body.n or 1)
+    prompt = read_prompt([Given("user", "prompt", body.prompt)], model, "prompt")
+    request = model.request(prompt.conversation, **body.wishes("image", seed, None))
+    return seeded(request, body.n or 1)

@@ -30,7 +30,8 @@ from openchameleon.serve import schema
 from openchameleon.serve.answer import Answer, Begun, Partial, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
-from openchameleon.serve.prompts import Given, conversation
+from openchameleon.serve.pictures import Source
+from openchameleon.serve.prompts import Given, read_prompt
 from openchameleon.serve.schema import MessageItem, PictureItem, ResponsesRequest, TextPart
 from openchameleon.serve.service import Service, failure_of, seed_for
 from openchameleon.serve.sse import EventStream, event
@@ -47,9 +48,10 @@ async def create(body: ResponsesRequest, http: HTTPRequest) -> HTTPResponse:
     service: Service = http.app.state.service
     service.require_model(body.model)
     seed = seed_for(body.seed)
-    request = await service.prepare(partial(_request, body, seed), "input")
+    request, warnings = await service.prepare(partial(_request, body, seed), "input")
     answer = service.submit(request, _n_partial(body))
     draft = Draft(body, seed, service, answer)
+    draft.response.warnings = warnings
     if body.stream:
         return EventStream(service, [answer], _lines(draft, service), draft.last_words)
     await service.collect(http, [answer])
@@ -68,7 +70,8 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
     for i, item in enumerate(body.input):
         where = f"input[{i}]"
         if isinstance(item, schema.InputPicture):
-            yield Given("assistant", f"{where}.result", png=item.result)
+            param = f"{where}.result"
+            yield Given("assistant", param, Source(param, base64=item.result))
             continue
         role = "system" if item.role == "developer" else item.role
         if isinstance(item.content, str):
@@ -77,14 +80,16 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
         for k, part in enumerate(item.content):
             here = f"{where}.content[{k}]"
             if isinstance(part, schema.InputImage):
-                yield Given(role, f"{here}.image_url", url=part.image_url, new_message=k == 0)
+                param = f"{here}.image_url"
+                yield Given(role, param, Source(param, part.image_url), new_message=k == 0)
             else:
                 yield Given(role, f"{here}.text", part.text, new_message=k == 0)
 
 
-def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> Request:
-    prompt = conversation(parts_of(body), model.config.model.max_seq_len, "input")
-    return model.request(prompt, **body.wishes(_mode(body), seed, body.max_output_tokens))
+def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> tuple[Request, list[str]]:
+    prompt = read_prompt(parts_of(body), model, "input")
+    wishes = body.wishes(_mode(body), seed, body.max_output_tokens)
+    return model.request(prompt.conversation, **wishes), prompt.warnings
 
 
 def _mode(body: ResponsesRequest) -> Mode | None:

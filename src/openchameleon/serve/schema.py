@@ -351,7 +351,7 @@ class IncompleteDetails(BaseModel):
 class Response(BaseModel):
     """An answer: messages and pictures in `output`, in the order in which they were written.
 
-    seed: with the same request, gives the same answer again.
+    seed: with the same request, gives the same answer again. warnings: what was not read.
     """
 
     id: str
@@ -364,6 +364,7 @@ class Response(BaseModel):
     incomplete_details: IncompleteDetails | None = None
     usage: ResponseUsage | None = None
     seed: int
+    warnings: list[str] = []
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -419,6 +420,7 @@ class ChatCompletion(BaseModel):
     choices: list[Choice]
     usage: ChatUsage
     seed: int
+    warnings: list[str] = []
 
 
 class PictureData(BaseModel):

@@ -86,6 +86,7 @@ class Service:
 
     async def start(self) -> None:
         """Loads the model and starts the engine. What goes wrong is raised, and kept: `failure`."""
+        self.loop = asyncio.get_running_loop()
         try:
             self._chameleon = await asyncio.to_thread(self._load)
         except Exception as error:

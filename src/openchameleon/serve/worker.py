@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
+import torch
+
 from openchameleon.errors import UserError
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.sequence import FinishReason, Request, Sequence
@@ -123,6 +125,7 @@ class Worker:
         for job in jobs:
             self.cancel(job, outcome)
 
+    @torch.inference_mode()
     def _live(self) -> None:
         engine: Engine | None = None
         while self._next_work():

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Outcome = FinishReason | Literal["crashed", "stopped"]
 """How a job ends: as a completion does, by a crash of the engine, or by the server's end."""
 
+LAST_STEP = 10.0  # seconds
 MAX_CRASHES = 5  # in a row, with no good step between: then only another process can help
 
 
@@ -93,11 +94,14 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its step; what is under way ends as "stopped"."""
+        """Ends the thread after its step; what is under way ends as "stopped".
+
+        A step that takes longer than a server has to end is left behind.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(LAST_STEP)
 
     def submit(self, request: Request) -> Job:
         """Puts a request in line."""

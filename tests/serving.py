@@ -77,10 +77,7 @@ def serving(
     **settings: Any,
 ) -> Iterator[Running]:
     """Serves what `load` gives. ready: waits until requests are taken. engine: in place of ours."""
-    service = Service(Settings(**{"name": "nano", "drain": 5.0} | settings), load)
-    if engine is not None:
-        service.worker.make_engine = lambda: engine(service.chameleon)
-    running = Running(service)
+    running = Running(Service(Settings(**{"name": "nano", "drain": 5.0} | settings), load, engine))
     try:
         if ready:
             until(lambda: running.service.ready)

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import PIL.Image
 import pytest
-from serving import Running, serving
+from serving import Running, serving, until
 
 from openchameleon import Chameleon, Conversation, Document, Image, Message
 from openchameleon.pipeline import Prompt
@@ -186,7 +186,8 @@ def test_partial_pictures_grow_into_the_whole_one(client: openai.OpenAI) -> None
             whole = picture_of(e.item.result)  # type: ignore[union-attr]
     assert whole is not None
     assert 1 <= len(partials) <= 2
-    assert set(n_done) <= {12, 24}
+    assert n_done == sorted(n_done)
+    assert n_done[0] >= 12
     for partial, n in zip(partials, n_done, strict=True):
         assert partial.size == whole.size
         opaque = partial.getchannel("A").point(lambda a: a and 255)
@@ -318,7 +319,7 @@ def test_a_stop_text_ends_an_answer_before_it(client: openai.OpenAI, server: Run
     chunks = client.chat.completions.create(**asked, stop=stop, stream=True)
     deltas = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
     assert "".join(deltas) == whole[: whole.index(stop)]
-    assert server.service.n_open == 0
+    until(lambda: server.service.n_open == 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -376,6 +377,6 @@ def test_partials_that_are_late_are_left_out(nano: Chameleon, server: Running) -
     answer = asyncio.run_coroutine_threadsafe(submit(), server.service.loop).result()
     (ids,) = nano.complete_many([DRAW], mode="image", seed=1)
     pieces = [p for p in answer.read(ids[:20]) if isinstance(p, Partial)]
-    assert [p.codes_done for p in pieces] == [18]
+    assert [p.codes_done for p in pieces] == [19], "the begin id is none"
     pieces = [p for p in answer.read(ids[20:]) if isinstance(p, Partial)]
     assert pieces == []

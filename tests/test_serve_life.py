@@ -193,7 +193,7 @@ def test_one_of_those_in_line_may_leave_too(tiny: Chameleon, engines: list[Gated
         for stream in (first, third):
             assert list(stream)[-1]["type"] in ("response.completed", "response.incomplete")
         assert len(engines[0].sequences) == 2
-        assert is_idle(running)
+        until(lambda: is_idle(running))
 
 
 def test_random_aborts_leave_nothing_behind(tiny: Chameleon, engines: list[Gated]) -> None:
@@ -266,7 +266,7 @@ def crowd(n: int, rounds: int) -> None:
         for _ in range(rounds):
             assert answers(running, n, n) == [(200, output) for output in alone]
             sizes.append(_resident())
-        assert is_idle(running)
+        until(lambda: is_idle(running))
     assert max(sizes) <= 1.05 * sizes[0]
     first = running.service.metrics.registry.get_sample_value
     in_time = first("openchameleon_first_token_seconds_bucket", {"le": "5.0"})
@@ -329,9 +329,10 @@ def test_a_crash_fails_what_was_running_and_nothing_in_line(
 
     with serving(lambda: tiny, engine=make, name="tiny", max_running=2) as running:
         lost = [Stream(running, seed=i, mode="text", **ENDLESS) for i in (1, 2)]
-        until(lambda: running.metric("openchameleon_waiting") == 1)
-        engines[0].let(1)
-        until(lambda: len(engines[0].sequences) == 2)
+        sequences = engines[0].sequences
+        until(lambda: len(sequences) + running.metric("openchameleon_waiting") == 2)
+        engines[0].let(1)  # whoever came while a step was waited for enters after it
+        until(lambda: len(sequences) == 2)
         with ThreadPoolExecutor(2) as pool:
             whole: Any = {"input": "a dog", "seed": 2, "mode": "text"}
             kept = pool.submit(running.ask, "POST", RESPONSES, whole)
@@ -389,6 +390,21 @@ def test_an_engine_that_only_crashes_makes_the_server_unhealthy(
     status, headers, _ = gated.ask("POST", RESPONSES, {"input": "a"})
     assert status == 503
     assert headers["retry-after"]
+
+
+def test_what_the_cache_cannot_hold_is_refused_in_a_sentence(tiny: Chameleon) -> None:
+    def small(model: Chameleon) -> Engine:
+        return Engine(model.model, model.config.vocab, cache_tokens=64)
+
+    with serving(lambda: tiny, engine=small, name="tiny") as running:
+        body: dict[str, Any] = {"input": "draw a cat", "guidance": 2}
+        status, _, answer = running.ask("POST", RESPONSES, body)
+        assert status == 400
+        assert "leave guidance out" in answer["error"]["message"]
+        last = list(Stream(running, **body))[-1]
+        assert last["type"] == "response.failed"
+        assert "leave guidance out" in last["response"]["error"]["message"]
+        assert running.ask("POST", RESPONSES, {"input": "draw a cat"})[0] == 200
 
 
 def test_numbers_that_are_not_finite_fail_their_own_request_only(

@@ -15,8 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 
 from openchameleon.serve.metrics import Metrics
 from openchameleon.serve.worker import Job
@@ -128,8 +128,8 @@ class Answer:
             if self._stop.found:
                 self.stopped = True
                 return pieces
-        if due is not None:
-            pieces.append(self._partial(due))
+        if due is not None and len(self._codes) < due.codes_total:
+            pieces.append(self._partial(due.codes_total))
         return pieces
 
     def finish(self) -> list[Piece]:
@@ -173,10 +173,10 @@ class Answer:
         self.metrics.pictures.inc()
         self.metrics.picture_seconds.observe(time.monotonic() - self._begun_at)
 
-    def _partial(self, progress: ImageProgress) -> Partial:
+    def _partial(self, codes_total: int) -> Partial:
         first = self.tokenizer.vocab.image.first_id
         pil = partial_picture(self.tokenizer, [i - first for i in self._codes])
-        return Partial(png_base64(pil), progress.codes_done, progress.codes_total)
+        return Partial(png_base64(pil), len(self._codes), codes_total)
 
 
 class StopText:
@@ -216,13 +216,11 @@ def partial_picture(tokenizer: MixedTokenizer, codes: list[int]) -> PIL.Image.Im
     image = tokenizer.image
     missing = image.n_codes - len(codes)
     (pil,) = tokenizer.decode_pictures([codes + codes[-1:] * missing])
-    side, n_side = image.resolution, image.config.codes_per_side
-    patch = side // n_side
-    row, column = divmod(len(codes), n_side)
-    pil.putalpha(255)
-    draw = PIL.ImageDraw.Draw(pil)
-    draw.rectangle((column * patch, row * patch, side, (row + 1) * patch - 1), fill=(0, 0, 0, 0))
-    draw.rectangle((0, (row + 1) * patch, side, side), fill=(0, 0, 0, 0))
+    n_side = image.config.codes_per_side
+    patch = image.resolution // n_side
+    written = np.arange(image.n_codes).reshape(n_side, n_side) < len(codes)
+    alpha = (255 * written).astype(np.uint8).repeat(patch, 0).repeat(patch, 1)
+    pil.putalpha(PIL.Image.fromarray(alpha))
     return pil
 
 

@@ -19,7 +19,7 @@ class Metrics:
         )  # fmt: skip
         self.answers = Counter(
             "openchameleon_answers", "Answers by how they ended: stop, length, nonfinite_logits,"
-            " aborted (the client went), crashed, stopped (by the server's end).",
+            " aborted (the client went), refused, crashed, stopped (by the server's end).",
             ["outcome"], registry=r,
         )  # fmt: skip
         self.aborted = Counter("openchameleon_aborted", "Answers given up by their client.",

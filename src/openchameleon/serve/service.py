@@ -47,10 +47,20 @@ class Settings:
 
 
 class Service:
-    """One model behind the routes. `load` gives it, in a thread of its own."""
+    """One model behind the routes.
 
-    def __init__(self, settings: Settings, load: Callable[[], Chameleon]) -> None:
+    load: gives it; called in a thread of its own. make_engine: what steps it, at the start and
+    again after a crash; called in the worker's thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Chameleon],
+        make_engine: Callable[[Chameleon], Engine] | None = None,
+    ) -> None:
         self.settings, self._load = settings, load
+        self._engine_of = make_engine or new_engine
         self.metrics = Metrics()
         self.worker = Worker(self._make_engine, settings.max_running, self.metrics)
         self.pool = ThreadPoolExecutor(settings.picture_threads, "pictures")
@@ -163,7 +173,11 @@ class Service:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return Engine(self.chameleon.model, self.chameleon.config.vocab)
+        return self._engine_of(self.chameleon)
+
+
+def new_engine(model: Chameleon) -> Engine:
+    return Engine(model.model, model.config.vocab)
 
 
 class ClientGone(Exception):
@@ -193,6 +207,8 @@ async def _disconnect(http: HTTPRequest) -> None:
 
 def failure_of(job: Job) -> ApiError | None:
     """The error that a job ended with, or None."""
+    if job.outcome == "refused":
+        return ApiError(400, "invalid_request", job.refusal)
     if job.outcome == "nonfinite_logits":
         return ApiError(
             500, "nonfinite_logits",

@@ -25,8 +25,8 @@ from openchameleon.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Outcome = FinishReason | Literal["crashed", "stopped"]
-"""How a job ends: as a completion does, by a crash of the engine, or by the server's end."""
+Outcome = FinishReason | Literal["refused", "crashed", "stopped"]
+"""How a job ends: as a completion does, by the engine's no or its crash, by the server's end."""
 
 LAST_STEP = 10.0  # seconds
 MAX_CRASHES = 5  # in a row, with no good step between: then only another process can help
@@ -40,6 +40,7 @@ class Job:
         self.id = uuid.uuid4().hex
         self.ids: list[int] = []
         self.outcome: Outcome | None = None
+        self.refusal = ""  # the engine's sentence, where the outcome is "refused"
         self.n_told = 0  # ids that the engine's thread has handed over
         self.submitted = time.monotonic()
         self._n_read = 0
@@ -176,9 +177,9 @@ class Worker:
     def _enter(self, engine: Engine, job: Job) -> None:
         try:
             sequence = engine.add(job.request)
-        except UserError as error:  # requests are checked before they come here
-            log.error("The engine refused the request of answer %s: %s", job.id, error)
-            self._tell([(job, [], "crashed")])
+        except UserError as error:  # what only the engine knows, such as the size of its cache
+            job.refusal = str(error)
+            self._tell([(job, [], "refused")])
             return
         except Exception:
             self._tell([(job, [], "crashed")])

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from openchameleon import __version__
@@ -79,10 +79,10 @@ def _add_status(app: FastAPI, service: Service) -> None:
         """200 where new requests are taken; 503 while loading, restarting or ending."""
         return Json({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Counters and times in Prometheus' text format."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE)
 
     def described() -> dict[str, Any]:
         config = service.chameleon.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from serving import Running, serving, until
 from openchameleon import Chameleon
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.sequence import Request, Sequence
+from openchameleon.serve import sse
 from openchameleon.serve import worker as worker_module
 
 RESPONSES, CHAT, IMAGES = "/v1/responses", "/v1/chat/completions", "/v1/images/generations"
@@ -219,6 +221,37 @@ def test_random_aborts_leave_nothing_behind(tiny: Chameleon, engines: list[Gated
     assert running.metric("openchameleon_running") == 0
 
 
+def test_a_client_that_does_not_read_loses_its_place(
+    gated: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket's buffers are full: here, from the second event on."""
+    monkeypatch.setattr(sse, "PATIENCE", 0.05)
+    service, n_sent = gated.service, 0
+
+    async def send(message: Any) -> None:
+        nonlocal n_sent
+        n_sent += 1
+        if n_sent > 2:
+            await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def lines() -> AsyncIterator[str]:
+        for _ in range(100):
+            yield ": more\n\n"
+
+    async def leave_unread() -> str | None:
+        answer = service.submit(service.chameleon.request("a cat"))
+        stream = sse.EventStream(service, [answer], lines(), lambda error: "")
+        await stream({"type": "http"}, receive, send)
+        return answer.job.outcome
+
+    done = asyncio.run_coroutine_threadsafe(leave_unread(), service.loop)
+    assert done.result(30) == "aborted"
+    assert n_sent == 3
+
+
 # --- crowds
 
 
@@ -267,7 +300,9 @@ def crowd(n: int, rounds: int) -> None:
             assert answers(running, n, n) == [(200, output) for output in alone]
             sizes.append(_resident())
         until(lambda: is_idle(running))
-    assert max(sizes) <= 1.05 * sizes[0]
+    if rounds > 1:  # the first one fills the cache and the allocator's own
+        assert max(sizes[1:]) <= 1.02 * sizes[1]
+    assert max(sizes) <= 1.15 * sizes[0]
     first = running.service.metrics.registry.get_sample_value
     in_time = first("openchameleon_first_token_seconds_bucket", {"le": "5.0"})
     assert in_time == first("openchameleon_first_token_seconds_count") == (rounds + 1) * n
@@ -284,7 +319,7 @@ def test_streams_at_once_each_equal_their_solo_run() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_streams_equal_their_solo_runs_and_leave_no_memory() -> None:
-    crowd(100, 3)
+    crowd(100, 4)
 
 
 def test_a_full_server_says_so_at_once_and_stays_healthy(

@@ -23,7 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", metavar="M",
                         help="an embedded model or a model folder (%(default)s)")  # fmt: skip
-    parser.add_argument("--name", metavar="N", help="what clients call it (its own name)")
+    parser.add_argument("--name", metavar="N", help="what clients call it (the name of the folder)")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s; 0: a free one)")
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",

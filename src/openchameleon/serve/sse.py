@@ -11,11 +11,12 @@ from starlette.responses import StreamingResponse
 
 from openchameleon.serve.answer import Answer
 from openchameleon.serve.errors import ApiError, dumps
-from openchameleon.serve.service import Service
+from openchameleon.serve.service import ClientGone, Service
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without a line, after which proxies may think a stream dead
+PATIENCE = 60.0  # seconds for a client to read on, else its place goes to others
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -43,8 +44,16 @@ class EventStream(StreamingResponse):
         self._service, self._answers = service, answers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def impatient(message: Any) -> None:
+            try:
+                await asyncio.wait_for(send(message), PATIENCE)
+            except TimeoutError:
+                raise ClientGone from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, impatient)
+        except ClientGone:
+            log.warning("A client did not read its stream for %.0f seconds.", PATIENCE)
         finally:
             self._service.cancel(self._answers)
 

@@ -24,6 +24,7 @@ import torch
 from serving import Running, serving, until
 
 from openchameleon import Chameleon
+from openchameleon.cli.main import main
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.sequence import Request, Sequence
 from openchameleon.serve import sse
@@ -606,6 +607,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_program_with_a_sentence(
     assert process.returncode == 2
     assert "model.safetensors" in err
     assert "Traceback" not in err
+
+
+def test_where_serving_is_not_installed_this_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "openchameleon.serve.server")
+    assert main(["serve"]) == 2
+    assert "openchameleon[serve]" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_a_sentence(model_folder: Path) -> None:

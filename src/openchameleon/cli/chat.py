@@ -29,7 +29,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from openchameleon.cli.answer import Answer, Pictures
 from openchameleon.cli.output import make_folder, numbered_pictures
@@ -38,6 +38,9 @@ from openchameleon.cli.session import Session, note
 from openchameleon.cli.wishes import add_wishes, read_wishes
 from openchameleon.errors import UserError, nearest
 from openchameleon.inference.params import ModalityParams, Mode, SamplingParams
+
+if TYPE_CHECKING:
+    from openchameleon.pipeline import Chameleon
 
 PROMPT = "> "
 COMMANDS = ("retry", "undo", "new", "seed", "temperature", "guidance", "mode", "save", "help",
@@ -59,13 +62,15 @@ def run(options: argparse.Namespace) -> int:
         make_folder(options.out)
         for there in numbered_pictures(options.out):
             raise UserError(f"{there} exists already; name another --out.")
-    from openchameleon.pipeline import Chameleon
+    from openchameleon.serve.parallel import with_model
 
-    chameleon = Chameleon.from_pretrained(options.model)
-    session = Session(chameleon, wishes, Pictures(options.out), options.json,
-                      not options.no_preview)  # fmt: skip
-    Chat(session, options.json, options.traceback).converse(Lines(options.history))
-    return 0
+    def converse(chameleon: Chameleon) -> int:
+        session = Session(chameleon, wishes, Pictures(options.out), options.json,
+                          not options.no_preview)  # fmt: skip
+        Chat(session, options.json, options.traceback).converse(Lines(options.history))
+        return 0
+
+    return with_model(options.model, converse)
 
 
 class Lines:

@@ -25,6 +25,8 @@ from openchameleon.cli.wishes import add_wishes, read_wishes
 from openchameleon.errors import UserError
 
 if TYPE_CHECKING:
+    from openchameleon.document import Document
+    from openchameleon.pipeline import Chameleon, Wishes
     from openchameleon.tokenizer.mixed import Event
 
 RESPONSE = "response.md"
@@ -46,9 +48,22 @@ def run(options: argparse.Namespace) -> int:
     stale = [] if options.out is None else _prepare(options.out, options.force)
     if wishes["seed"] is None:
         wishes["seed"] = random.SystemRandom().randrange(2**31)
-    from openchameleon.pipeline import Chameleon
+    from openchameleon.serve.parallel import with_model
 
-    events = Chameleon.from_pretrained(options.model).stream(document, raw=options.raw, **wishes)
+    def answer(chameleon: Chameleon) -> int:
+        return _answer(chameleon, document, wishes, stale, options)
+
+    return with_model(options.model, answer)
+
+
+def _answer(
+    chameleon: Chameleon,
+    document: Document,
+    wishes: Wishes,
+    stale: list[Path],
+    options: argparse.Namespace,
+) -> int:
+    events = chameleon.stream(document, raw=options.raw, **wishes)
     answer = Answer(Pictures(options.out), options.json, not options.no_preview)
     try:
         answer.take(_replacing(stale, iter(events)))

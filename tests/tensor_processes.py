@@ -138,8 +138,19 @@ def run(job: dict[str, Any], rank: int) -> None:
     Path(f"{job['out']}.{rank}").write_text(said)
 
 
+def warm_up() -> None:
+    """Imports what the forks would else import each for themselves, which takes seconds."""
+    import torch.distributed.device_mesh
+    import torch.distributed.tensor
+
+    with torch.device("meta"):
+        layer = torch.nn.Embedding(2, 2)
+    layer.weight.chunk(2)[0].contiguous()
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    warm_up()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         children = []
         for rank in range(job["processes"]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tensor_processes
+import torch
 from test_parallel import free_port
 
 from openchameleon.errors import UserError
@@ -51,6 +52,9 @@ def folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         config: ModelConfig = replace(tiny.config.model, dim=64, **shape)
         model = Transformer(config)
         model.init_weights(seed=1)
+        numbers = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # so that no two heads have the same norm
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=numbers)
         made[name] = tmp_path_factory.mktemp("divided") / name
         Chameleon(replace(tiny.config, model=config), model, tiny.tokenizer).save(made[name])
     return made

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import pytest
 import tensor_processes
 import torch
-from test_parallel import free_port
+from test_parallel import children_of, free_port
 
+from openchameleon.cli.main import main
 from openchameleon.errors import UserError
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
@@ -159,3 +162,63 @@ def test_processes_that_cannot_divide_the_layers_are_refused(seen: dict[str, Any
     groups = ModelConfig(n_heads=12, n_kv_heads=12, qk_norm_groups=4, **{**shape, "dim": 96})
     with pytest.raises(UserError, match="qk_norm_groups = 4"):
         require_divisible(groups, 6)
+
+
+# started from one command
+
+
+def program(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "openchameleon.cli.main", *arguments]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_one_command_converses_with_a_divided_model_and_leaves_no_process(
+    folders: dict[str, Path],
+) -> None:
+    options = ("--mode", "text", "--temperature", "0", "--max-tokens", "6", "--json")
+    run = program("chat", "--model", str(folders["plain"]), "--tensor", "2", *options)
+    assert run.stdin is not None
+    assert run.stdout is not None
+    run.stdin.write("a cat\n")
+    run.stdin.flush()
+    first = json.loads(run.stdout.readline())
+    (other,) = children_of(run.pid)
+    out, err = run.communicate("a dog\n", timeout=60)
+    assert run.returncode == 0, err
+    model = Chameleon.from_pretrained(folders["plain"], device="cpu")
+    said = model.generate("a cat", mode="text", temperature=0, max_tokens=6).text
+    assert first["segments"] == [{"text": said}]
+    assert out.count("segments") == 1
+    assert not Path(f"/proc/{other}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["first", "other"])
+def test_where_one_process_is_killed_the_other_ends(lost: str, folders: dict[str, Path]) -> None:
+    run = program("chat", "--model", str(folders["plain"]), "--tensor", "2", "--json")
+    assert run.stdin is not None
+    assert run.stdout is not None
+    run.stdin.write("a cat\n")
+    run.stdin.flush()
+    run.stdout.readline()
+    (other,) = children_of(run.pid)
+    os.kill(run.pid if lost == "first" else other, signal.SIGKILL)
+    code = run.wait(30)  # the input stays open: nothing but the loss ends it
+    _, err = run.communicate()
+    if lost == "other":
+        assert code == 1
+        assert "process 1 of 2 has ended with code -9, and the others cannot go on" in err
+    end = time.monotonic() + 20
+    while Path(f"/proc/{other}/cwd").exists():  # a zombie has none
+        assert time.monotonic() < end, "the other process is still there"
+        time.sleep(0.1)
+
+
+def test_a_number_of_processes_that_cannot_be_is_refused(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, words in (("0", "at least one"), ("3", "cannot divide a layer: n_heads = 4")):
+        assert main(["generate", "a", "--model", str(folders["plain"]), "--tensor", number]) == 2
+        assert words in capsys.readouterr().err

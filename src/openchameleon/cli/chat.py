@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         Chat(session, options.json, options.traceback).converse(Lines(options.history))
         return 0
 
-    return with_model(options.model, converse)
+    return with_model(options.model, converse, options.tensor)
 
 
 class Lines:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def add_wishes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", metavar="M",
                         help="an embedded model or a model folder (%(default)s)")  # fmt: skip
+    parser.add_argument("--tensor", type=int, default=1, metavar="N",
+                        help="processes that share a model, a GPU each (%(default)s)")  # fmt: skip
     parser.add_argument("--mode", choices=("interleaved", "text", "image"), default="interleaved",
                         help="what may be written (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")

@@ -1,6 +1,6 @@
 """One model over the processes of a host: the first decides, the others follow it step by step.
 
-`torchrun` starts the processes. Each holds its heads and its part of the feed-forward's width, and
+Each process holds its heads and its part of the feed-forward's width, and
 the whole of everything else; two sums a layer make the hidden states the same on all. Every process
 runs the same engine on the same requests: what the first one was asked since the step before goes
 to the others when the next step begins.
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from openchameleon.inference.sequence import Request, Sequence
 from openchameleon.model.transformer import Transformer
 from openchameleon.model_folder import FolderConfig, find_model, named_dtype
 from openchameleon.pipeline import Chameleon, load_tokenizer
+from openchameleon.serve.companions import companions
 from openchameleon.train.parallel import (
     ParallelConfig,
     World,
@@ -42,32 +42,51 @@ MAX_BATCH, BLOCK_SIZE = 64, 16
 
 
 def with_model(
-    name_or_folder: str | Path,
+    name_or_folder: str,
     work: Callable[[Chameleon], int],
-    dtype: str | torch.dtype | None = None,
+    tensor: int = 1,
+    dtype: str | None = None,
     allow_pickle: bool = False,
 ) -> int:
-    """`work` with the model of that name, in as many processes as `torchrun` started.
+    """`work` with the model of that name, computed by so many processes; returns what it returns.
 
-    The first process works and the others follow it until it is done; for these it returns 0.
-    Alone it is `work(Chameleon.from_pretrained(...))`. UserError where the layers cannot be divided
-    by the number of processes.
+    This process works, and starts `tensor - 1` others that follow it until it is done. Where
+    `torchrun` has started them already, the first works, and for the others 0 is returned.
+    UserError where the layers cannot be divided by the number of processes; other arguments and
+    errors as of `Chameleon.from_pretrained`.
     """
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_processes == 1:
-        chameleon = Chameleon.from_pretrained(name_or_folder, None, dtype, allow_pickle)
-        return work(chameleon)
+    arguments: dict[str, Any] = {
+        "name_or_folder": name_or_folder,
+        "dtype": dtype,
+        "allow_pickle": allow_pickle,
+    }
+    if tensor < 1:
+        raise UserError(f"--tensor {tensor}: a model takes at least one process.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _in_world(work, **arguments)
+    if tensor == 1:
+        return work(Chameleon.from_pretrained(name_or_folder, None, dtype, allow_pickle))
+    if (n := torch.cuda.device_count()) and n < tensor:
+        raise UserError(f"--tensor {tensor}: there are {n} GPUs, and each process takes one.")
+    checkpoint = open_checkpoint(find_model(name_or_folder), allow_pickle)
+    require_divisible(checkpoint.config.model, tensor)  # here, so that it is said once
+    with companions(tensor, arguments):
+        return _in_world(work, **arguments)
+
+
+def _in_world(
+    work: Callable[[Chameleon], int], name_or_folder: str, dtype: str | None, allow_pickle: bool
+) -> int:
+    """`with_model` as one of several processes."""
+    n_processes = int(os.environ["WORLD_SIZE"])
     with world_of_torchrun(ParallelConfig(tensor=n_processes)) as world:
+        if world.device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
         config, model = load_part(name_or_folder, world, dtype, allow_pickle)
         orders = Orders(world)
-        sizes: dict[str, Any] = {
-            "max_batch": MAX_BATCH,
-            "block_size": BLOCK_SIZE,
-            "cache_tokens": orders.least(default_cache_tokens(model, MAX_BATCH, BLOCK_SIZE)),
-        }
+        n_tokens = orders.least(default_cache_tokens(model, MAX_BATCH, BLOCK_SIZE))
+        sizes = {"max_batch": MAX_BATCH, "block_size": BLOCK_SIZE, "cache_tokens": n_tokens}
         if not world.is_main:
-            for number in (signal.SIGINT, signal.SIGTERM):  # the first process says when to end
-                signal.signal(number, signal.SIG_IGN)
             follow(Engine(model, config.vocab, **sizes), orders)
             return 0
         engine = LeadingEngine(orders, model, config.vocab, **sizes)
@@ -82,13 +101,13 @@ def with_model(
 
 
 def load_part(
-    name_or_folder: str | Path, world: World, dtype: str | torch.dtype | None, allow_pickle: bool
+    name_or_folder: str, world: World, dtype: str | None, allow_pickle: bool
 ) -> tuple[FolderConfig, Transformer]:
     """This process's part of a model, read tensor by tensor: it never holds the whole.
 
     Arguments and errors as of `Chameleon.from_pretrained`.
     """
-    checkpoint = open_checkpoint(find_model(str(name_or_folder)), allow_pickle)
+    checkpoint = open_checkpoint(find_model(name_or_folder), allow_pickle)
     kind = None if dtype is None else named_dtype(dtype)
     if dtype is None and world.device.type == "cpu":
         kind = torch.float32
@@ -162,9 +181,12 @@ class Orders:
         self._group = torch.distributed.new_group(backend="gloo", timeout=FOR_EVER)
 
     def exchange(self, order: Order | None) -> Order | None:
-        """The first process's order, on all; None is the end."""
+        """The first process's order, on all; None is the end. RuntimeError where one has gone."""
         box = [order]
-        torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+        try:
+            torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError("Another process of the model has gone; start anew.") from error
         return box[0]
 
     def least(self, number: int) -> int:
@@ -217,9 +239,10 @@ class LeadingEngine(Engine):
         return moved
 
     def close(self) -> None:
-        """Lets the others go."""
+        """Lets the others go, if they are there."""
         if not self._in_step:
-            self._orders.exchange(None)
+            with suppress(RuntimeError):
+                self._orders.exchange(None)
 
     def _require_order(self) -> None:
         if self._in_step:

@@ -350,7 +350,7 @@ class Screen:
                                         env=environment, start_new_session=True,
                                         preexec_fn=take_terminal)  # fmt: skip
         os.close(end)
-        self.seen = ""
+        self.seen = self.all = ""
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -361,7 +361,8 @@ class Screen:
         while words not in self.seen:
             assert time.monotonic() < end, f"{words!r} did not come: {self.seen!r}"
             if select.select([self.master], [], [], 0.1)[0]:
-                self.seen += os.read(self.master, 65536).decode(errors="replace")
+                new = os.read(self.master, 65536).decode(errors="replace")
+                self.seen, self.all = self.seen + new, self.all + new
         self.seen = self.seen.partition(words)[2]
 
 
@@ -397,6 +398,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_clears_a_line_and_ends(tmp_path: P
         screen.process.kill()
         screen.process.wait()
         os.close(screen.master)
+    assert "Traceback" not in screen.all
     assert "![talk-1](talk-1.png)" in (tmp_path / "talk.md").read_text()
     assert (tmp_path / "typed").read_text().split("\n")[:2] == [
         "Tell a story about a cat.", "/save talk",

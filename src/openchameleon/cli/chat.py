@@ -62,12 +62,13 @@ def run(options: argparse.Namespace) -> int:
         make_folder(options.out)
         for there in numbered_pictures(options.out):
             raise UserError(f"{there} exists already; name another --out.")
+    lines = Lines(options.history)
     from openchameleon.serve.parallel import with_model
 
     def converse(chameleon: Chameleon) -> int:
         session = Session(chameleon, wishes, Pictures(options.out), options.json,
                           not options.no_preview)  # fmt: skip
-        Chat(session, options.json, options.traceback).converse(Lines(options.history))
+        Chat(session, options.json, options.traceback).converse(lines)
         return 0
 
     return with_model(options.model, converse, options.tensor)
@@ -87,8 +88,12 @@ class Lines:
             reconfigure(errors="replace")
         if self.typed:
             self._editor = _line_editor()
-        if self._editor is not None and history is not None and history.exists():
-            self._editor.read_history_file(history)
+        if self._editor is not None and history is not None:
+            try:
+                history.touch()  # here, so that a wrong name is known before the conversation
+                self._editor.read_history_file(history)
+            except OSError as error:
+                raise UserError(f"--history {history}: {error.strerror}.") from error
 
     def next(self) -> str | None:
         """A line without its end; None at the end of all, as after Ctrl-C at an empty prompt."""

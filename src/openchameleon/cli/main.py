@@ -18,6 +18,7 @@ from openchameleon.errors import Stopped, UserError, nearest
 
 COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
+    "chat": "a conversation in text and pictures, in the terminal",
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",
     "prepare": "pictures, texts and code into rows of token ids to train on",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from openchameleon.inference.native.step import NativeStep
 from openchameleon.inference.scheduler import Read
 from openchameleon.model.transformer import Transformer
 
+SHORT, MAX_ROWS = 32, 256
+"""New ids of a stream that the native step reads rather than PyTorch, and of one of its calls."""
+
 
 class Runner:
     """A model and the cache that it reads into."""
@@ -23,7 +27,7 @@ class Runner:
 
     @cached_property
     def native(self) -> NativeStep | None:
-        """The faster way for single ids, where there is one; made when it is first asked for."""
+        """The faster way for few new ids, where there is one; made when it is first asked for."""
         return NativeStep.of(self.model)
 
     def renew(self) -> None:
@@ -33,11 +37,22 @@ class Runner:
     def read(self, reads: list[Read]) -> None:
         """Reads the planned ids, alike numbers of them together; fills in `hidden` at the end."""
         reads = sorted(reads, key=lambda read: read[1])
+        n_short = 0
+        if self.native is not None:
+            n_short = sum(n <= SHORT for _, n in reads)
+            for start, stop in pairwise(native_cuts([n for _, n in reads[:n_short]])):
+                group = reads[start:stop]
+                self._fill(group, self._call_native(self.native, group))
+        reads = reads[n_short:]
         for start, stop in pairwise(read_cuts([n for _, n in reads])):
             group = reads[start:stop]
-            for (stream, n_new), hidden in zip(group, self._call(group), strict=True):
-                stream.n_read += n_new - len(stream.guess)
-                stream.hidden = hidden[n_new - 1 - len(stream.guess) : n_new]
+            self._fill(group, self._call(group))
+
+    def _fill(self, group: list[Read], hidden: Iterable[Tensor]) -> None:
+        """hidden: of each stream at its new ids, (T, C) with T at least their number."""
+        for (stream, n_new), states in zip(group, hidden, strict=True):
+            stream.n_read += n_new - len(stream.guess)
+            stream.hidden = states[n_new - 1 - len(stream.guess) : n_new]
 
     def logits(self, hidden: Tensor, first_id: int, stop_id: int) -> Tensor:
         """Float32 logits (R, stop_id - first_id) of hidden states (R, C)."""
@@ -47,29 +62,45 @@ class Runner:
 
     def _call(self, reads: list[Read]) -> Tensor:
         """One model call -> hidden at the new ids of each stream, (B, T, C), padded."""
-        new_ids = [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
-        counts = [n for _, n in reads]
-        if max(counts) == 1 and self.native is not None:
-            return self._native_call(self.native, reads)
-        padded = [ids + [self.pad_id] * (max(counts) - len(ids)) for ids in new_ids]
+        ids, counts = new_ids(reads), [n for _, n in reads]
+        padded = [row + [self.pad_id] * (max(counts) - len(row)) for row in ids]
         device = self.model.output_weight.device
         tables, starts = [s.blocks for s, _ in reads], [s.n_read for s, _ in reads]
         view = self.pool.view(tables, starts, counts, device)
         token_ids = torch.tensor(padded, device=device)
         return self.model.hidden(token_ids, view.positions, view.mask, view)
 
-    def _native_call(self, native: NativeStep, reads: list[Read]) -> Tensor:
-        """`_call` for streams that each have one new id."""
-        streams = [stream for stream, _ in reads]
-        width = max(len(stream.blocks) for stream in streams)
-        tables = [s.blocks + [NULL_BLOCK] * (width - len(s.blocks)) for s in streams]
+    def _call_native(self, native: NativeStep, reads: list[Read]) -> tuple[Tensor, ...]:
+        """The native step over all new ids, each a row of its own -> hidden of each stream."""
+        counts = [n for _, n in reads]
+        width = max(len(stream.blocks) for stream, _ in reads)
+        tables = [s.blocks + [NULL_BLOCK] * (width - len(s.blocks)) for s, _ in reads]
         n_blocks = 1 + max(map(max, tables))
         layers = range(self.model.config.n_layers)
         storage = [self.pool.storage(layer, n_blocks, native.like) for layer in layers]
-        token_ids = [stream.token_ids[stream.n_read] for stream in streams]
-        positions = [stream.n_read for stream in streams]
-        ids, at, blocks = map(torch.tensor, (token_ids, positions, tables))
-        return native.hidden(ids, at, blocks, storage)
+        hidden = native.hidden(
+            torch.tensor([*chain(*new_ids(reads))]),
+            torch.tensor([*chain(*(range(s.n_read, s.n_read + n) for s, n in reads))]),
+            torch.tensor(tables).repeat_interleave(torch.tensor(counts), 0),
+            storage,
+        )
+        return hidden.split(counts)
+
+
+def new_ids(reads: list[Read]) -> list[list[int]]:
+    """What each stream reads now, guesses included."""
+    return [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
+
+
+def native_cuts(counts: list[int]) -> list[int]:
+    """Where to cut counts into native calls of at most MAX_ROWS ids: 0, ..., len(counts)."""
+    cuts, n_rows = [0], 0
+    for stop, count in enumerate(counts):
+        if n_rows + count > MAX_ROWS and n_rows:
+            cuts.append(stop)
+            n_rows = 0
+        n_rows += count
+    return [*cuts, len(counts)] if counts else cuts
 
 
 def read_cuts(counts: list[int]) -> list[int]:

@@ -246,10 +246,19 @@ INLINE void tile(const int kind, const int tall, const int wide, const int ahead
             for (int j = 0; j < wide; j++) sum[i][j] = multiply_add(weights, in[j], sum[i][j]);
         }
     }
+#pragma GCC unroll 8
     for (int j = 0; j < wide; j++) {
-        four sums = {0};
+        four sums = {0}, scale;
         if (tall == 1) sums[0] = total(sum[0][j]);
         else sums = four_totals(sum[0][j], sum[1][j], sum[2][j], sum[3][j]);
+        if (tall == TALL && k == w->cols) { /* nothing is left over: the usual case */
+            if (w->scale) {
+                memcpy(&scale, w->scale + first, sizeof scale);
+                sums *= scale;
+            }
+            memcpy(y + j * y_stride, &sums, sizeof sums);
+            continue;
+        }
         for (int i = 0; i < tall; i++) {
             float s = sums[i];
             for (int64_t t = k; t < w->cols; t++)

@@ -59,7 +59,8 @@ def main() -> None:
     prompts = torch.randint(vocab.text_start, vocab.size, (args.batch, N_PROMPT)).tolist()
     runs = {"transformers": theirs(model, prompts, n_new)}
     runs |= {f"pytorch/{case}": ours(model, vocab, prompts, case, n_new, "0") for case in CASES}
-    for kind in ("float32", "bfloat16", "int8") if library() else ():
+    kinds: list[Any] = ["float32", "bfloat16", "int8"] if library() else []
+    for kind in kinds:
         held = copy.deepcopy(model)
         if kind != "float32":
             store_weights(held, kind)
@@ -123,7 +124,7 @@ def theirs(model: Transformer, prompts: Ids, n_new: int) -> Callable[[], Ids]:
     peer.generation_config.eos_token_id = None
     wishes = {"max_new_tokens": n_new, "do_sample": False, "pad_token_id": 1}
     generate: Any = peer.generate
-    return lambda: generate(ids, attention_mask=mask, **wishes)[:, N_PROMPT:].tolist()  # type: ignore[no-any-return]
+    return lambda: generate(ids, attention_mask=mask, **wishes)[:, N_PROMPT:].tolist()
 
 
 def their_config(config: ModelConfig) -> Any:

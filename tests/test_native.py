@@ -241,6 +241,9 @@ def test_replaced_weights_are_used_by_the_next_request() -> None:
 def test_it_is_left_alone_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NativeStep.of(model_of().to(torch.bfloat16)) is None  # activations are not float32
     assert NativeStep.of(model_of().to("meta")) is None
+    watched = model_of()
+    watched.layers[1].attention.wo.register_forward_hook(lambda *_: None)
+    assert NativeStep.of(watched) is None
     monkeypatch.setenv(SWITCH, "0")
     assert NativeStep.of(model_of()) is None
 

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         Chat(session, options.json, options.traceback).converse(lines)
         return 0
 
-    return with_model(options.model, converse, options.tensor)
+    return with_model(options.model, converse, options.tensor, options.dtype)
 
 
 class Lines:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     def answer(chameleon: Chameleon) -> int:
         return _answer(chameleon, document, wishes, stale, options)
 
-    return with_model(options.model, answer, options.tensor)
+    return with_model(options.model, answer, options.tensor, options.dtype)
 
 
 def _answer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from openchameleon.cli.dtype import add_dtype
 from openchameleon.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ def add_wishes(parser: argparse.ArgumentParser) -> None:
                         help="an embedded model or a model folder (%(default)s)")  # fmt: skip
     parser.add_argument("--tensor", type=int, default=1, metavar="N",
                         help="processes that share a model, a GPU each (%(default)s)")  # fmt: skip
+    add_dtype(parser)
     parser.add_argument("--mode", choices=("interleaved", "text", "image"), default="interleaved",
                         help="what may be written (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")

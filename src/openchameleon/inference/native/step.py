@@ -122,8 +122,10 @@ class NativeStep:
             return None
         if not isinstance(model, Transformer) or model.dtype != torch.float32:
             return None
-        tensors = [*model.parameters(), *model.buffers()]
-        if not all(type(t.data) is Tensor and t.device.type == "cpu" for t in tensors):
+        if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+            return None  # somebody adds to what the layers do: a sum over processes, or a look
+        tensors = [t.data for t in (*model.parameters(), *model.buffers())]
+        if not all(type(t) is Tensor and t.device.type == "cpu" for t in tensors):
             return None  # in another place, or spread over processes
         if not all(t.dtype in KINDS for t in tensors):
             return None

@@ -39,7 +39,13 @@ TITLES = {
 
 def main() -> None:
     runs = kept_runs()
-    figures = {"rates": rates, "curves": curves, "remedies": remedies, "signs": signs}
+    figures = {
+        "rates": rates,
+        "curves": curves,
+        "remedies": remedies,
+        "signs": signs,
+        "longer": longer,
+    }
     for name, draw in figures.items():
         draw(runs).savefig(RESULTS.with_name(f"{name}.png"), dpi=110)
     print(table(runs), sensitivities(runs), sep="\n\n")
@@ -127,7 +133,7 @@ def remedies(runs: list[Run]) -> Figure:
 
 def signs(runs: list[Run]) -> Figure:
     """Each run as a point: what was measured at half of it, and the loss that it ended with."""
-    mixed = [r for r in runs if r["code_loss"]]
+    mixed = [r for r in runs if r["code_loss"] and "long" not in r["variant"]]
     best = min(r["text_loss"] for r in mixed)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(
@@ -147,6 +153,32 @@ def signs(runs: list[Run]) -> Figure:
     figure.axes[0].set_ylabel("text loss above the best run's (nats a token)")
     figure.axes[0].legend(frameon=False, fontsize=9)
     return figure
+
+
+def longer(runs: list[Run]) -> Figure:
+    """Losses and signs of the runs of six times the steps."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle("Six times the steps: with QK-norm (blue) and without (red), at two rates")
+    keys = ("text_loss", "code_loss", "attention_logit_max", "output_norm")
+    for axes, key in zip(figure.subplots(2, 2).flat, keys, strict=True):
+        for run in (r for r in runs if "long" in r["variant"]):
+            color = RED if "no QK-norm" in run["variant"] else BLUE
+            style = "-" if run["lr"] == 0.01 else ":"
+            label = f"{run['variant'].removesuffix(', long')}, rate {run['lr']:g}"
+            values = smooth(run["series"][key]) if key.endswith("_loss") else run["series"][key]
+            axes.plot(run["series"]["step"], values, style, color=color, label=label, lw=1.4)
+        if not key.endswith("_loss"):
+            axes.set_yscale("log")
+        axes.set_xlabel("step")
+        finish(axes, TITLES[key] + (", mean of five batches" if key.endswith("_loss") else ""))
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Each value with the two before and after it, as far as there are."""
+    windows = [values[max(0, i - 2) : i + 3] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def finish(axes: Axes, title: str) -> None:

@@ -14,9 +14,10 @@ from openchameleon.errors import UserError
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.kv_cache import KVPool
 from openchameleon.inference.modality import scan_prompt
+from openchameleon.inference.native.step import SWITCH
 from openchameleon.inference.params import ModalityParams, SamplingParams
 from openchameleon.inference.reference import generate_reference, reference_logits
-from openchameleon.inference.runner import read_cuts
+from openchameleon.inference.runner import native_cuts, read_cuts
 from openchameleon.inference.sequence import Completion, Request
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
@@ -48,6 +49,7 @@ class FakeModel:
     """Writes its favourites wherever they are allowed, in their order."""
 
     training = False
+    dtype = torch.float32
 
     def __init__(self, favourites: list[int], max_seq_len: int = 48) -> None:
         self.config = dataclasses.replace(CONFIG, max_seq_len=max_seq_len)
@@ -61,6 +63,9 @@ class FakeModel:
 
     def hidden(self, token_ids: Tensor, *_: Any) -> Tensor:
         return self.preference.expand(*token_ids.shape, -1)
+
+    def logits(self, hidden: Tensor, first: int, stop: int) -> Tensor:
+        return hidden[:, first:stop]
 
 
 def greedy(**fields: Any) -> SamplingParams:
@@ -230,6 +235,7 @@ def test_guidance_runs_its_streams_and_only_inside_a_picture(
         n_rows.append(token_ids.shape[0])
         return hidden(token_ids, *rest)
 
+    monkeypatch.setenv(SWITCH, "0")  # PyTorch's calls are counted
     monkeypatch.setattr(MODEL, "hidden", counted)
     ones = greedy(mode="image", guidance_text=1.0, guidance_image=1.0)
     Engine(MODEL, VOCAB, lookahead=0).generate([Request([BOS, TEXT], ones)])
@@ -338,6 +344,7 @@ def test_inside_pictures_only_the_codes_rows_of_the_head_are_read(
         return linear(x, weight, *rest)
 
     model = Transformer(dataclasses.replace(CONFIG, n_kv_heads=4)).eval()  # no 16-row projection
+    monkeypatch.setenv(SWITCH, "0")  # PyTorch's calls are counted
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     engine = Engine(model, VOCAB, lookahead=0)
     engine.generate([Request([BOS], greedy(mode="image"))] * 2)
@@ -368,6 +375,12 @@ def test_model_calls_bound_their_padding() -> None:
     assert read_cuts([]) == [0]
     assert read_cuts([5]) == [0, 1]
     assert read_cuts([1, 1, 2, 3, 4, 5, 40]) == [0, 5, 6, 7]
+
+
+def test_native_calls_bound_their_rows() -> None:
+    assert native_cuts([]) == [0]
+    assert native_cuts([7]) == [0, 1]
+    assert native_cuts([1] * 250 + [6, 1, 30]) == [0, 251, 253]
 
 
 @pytest.mark.parametrize(("lookahead", "block_size"), [(0, 16), (1, 2), (3, 3)])
@@ -439,6 +452,7 @@ def test_a_prompt_that_begins_alike_is_not_read_again(monkeypatch: pytest.Monkey
         n_read.append(token_ids.numel())
         return hidden(token_ids, *rest)
 
+    monkeypatch.setenv(SWITCH, "0")  # PyTorch's calls are counted
     monkeypatch.setattr(MODEL, "hidden", counted)
     engine = Engine(MODEL, VOCAB, block_size=4)
     prompt = [BOS, *(TEXT + i for i in range(20))]

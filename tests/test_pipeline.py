@@ -244,3 +244,49 @@ def test_weights_that_are_not_finite_are_reported(tiny: Chameleon, tmp_path: Pat
         broken.generate("a cat")
     with pytest.raises(UserError, match="not finite"):
         list(broken.stream("a cat"))
+
+
+def test_weights_can_be_held_in_fewer_bytes(model_folder: Path, tmp_path: Path) -> None:
+    whole = Chameleon.from_pretrained(model_folder, device="cpu")
+    ids = torch.tensor([whole.tokenizer.encode(Document([Text("a cat the dog")]))])
+    errors = {}
+    for dtype in ("bfloat16", "int8"):
+        held = Chameleon.from_pretrained(model_folder, device="cpu", dtype=dtype)
+        logits = held.model(ids)
+        assert logits.dtype == held.model.dtype == torch.float32
+        errors[dtype] = float((logits - whole.model(ids)).norm() / whole.model(ids).norm())
+        assert {w.dtype for n, w in held.model.state_dict().items() if "attention.w" in n} >= {
+            getattr(torch, dtype)
+        }
+        assert held.generate("a cat", seed=1, max_tokens=8)
+    assert 1e-4 < errors["bfloat16"] < errors["int8"] < 0.1
+
+
+def test_int8_is_not_saved_and_bfloat16_is_saved_as_it_is(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"int8.*cannot be saved"):
+        Chameleon.from_pretrained(model_folder, "cpu", "int8").save(tmp_path / "int8")
+    assert not list(tmp_path.iterdir())
+    half = Chameleon.from_pretrained(model_folder, "cpu", "bfloat16")
+    half.save(tmp_path / "half")
+    again = Chameleon.from_pretrained(tmp_path / "half", "cpu")
+    ids = torch.tensor([[0, 5, 9]])
+    assert torch.equal(again.model(ids), half.model(ids))
+    with pytest.raises(UserError, match="float32, bfloat16 or float16"):
+        half.save(tmp_path / "other", dtype="int8")
+
+
+def test_the_layouts_of_others_are_held_in_fewer_bytes_too(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = Chameleon.from_pretrained(model_folder, "cpu").model.state_dict()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    held = Chameleon.from_pretrained(folder, "cpu", "int8")
+    ids = torch.tensor([[0, 5, 9]])
+    wanted = Chameleon.from_pretrained(model_folder, "cpu", "int8").model(ids)
+    assert torch.equal(held.model(ids), wanted)

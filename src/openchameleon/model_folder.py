@@ -131,6 +131,8 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path, dtype: torch.dtyp
 def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """ "bfloat16" -> torch.bfloat16. UserError if there is no such type."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise UserError(f"Unknown dtype {dtype!r}; use float32, bfloat16 or float16.")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(
+            f"The dtype {dtype!r} cannot be used here: use float32, bfloat16 or float16."
+        )
     return found

@@ -30,6 +30,7 @@ from openchameleon.errors import UserError
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.params import Mode, SamplingParams
 from openchameleon.inference.sequence import FinishReason, Request
+from openchameleon.inference.stored import StoredAs, store_weights
 from openchameleon.model.transformer import Transformer
 from openchameleon.model_folder import (
     CONFIG,
@@ -104,27 +105,39 @@ class Chameleon:
     ) -> Chameleon:
         """Loads an embedded model by its name, or a folder: ours, Hugging Face's or Meta's.
 
-        device: by default the GPU where there is one. dtype: of the transformer, such as
-        "bfloat16"; by default float32 on a CPU and what the file holds elsewhere.
+        device: by default the GPU where there is one. dtype: of the transformer, by default float32
+        on a CPU and what the file holds elsewhere. On a CPU "bfloat16" is how the weights are held,
+        in half the memory, and arithmetic is float32 still. "int8" rounds the weights to a quarter,
+        on any device; such a model generates faster and cannot be saved.
         allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
         UserError says what was looked for, or which file is missing or damaged.
         """
         folder = find_model(str(name_or_folder))
         place = _device(device)
+        kind, stored = _dtype(dtype, place)
         if layout_of(folder) != "native" or (folder / f"{WEIGHTS}.index.json").is_file():
-            return _from_checkpoint(folder, place, _dtype(dtype, place), allow_pickle)
-        config, tokenizer = read_config(folder), load_tokenizer(folder, place)
-        with torch.random.fork_rng(devices=[]):  # as in `_image`
-            model = read_model(folder, config.model, place, _dtype(dtype, place))
+            config, model, tokenizer = _from_checkpoint(folder, place, kind, allow_pickle)
+        else:
+            config, tokenizer = read_config(folder), load_tokenizer(folder, place)
+            with torch.random.fork_rng(devices=[]):  # as in `_image`
+                model = read_model(folder, config.model, place, kind)
+        if stored is not None:
+            store_weights(model, stored, torch.float32 if place.type == "cpu" else None)
         return Chameleon(config, model, tokenizer)
 
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
         """Writes the model folder, whole or not at all; a model folder that is there is replaced.
 
-        UserError where the folder holds anything else, which would be lost. dtype: of all weights
-        in the files, such as "bfloat16"; by default as they are.
+        UserError where the folder holds anything else, which would be lost, and for a model that
+        was loaded as int8. dtype: of all weights in the files, such as "bfloat16"; by default as
+        they are.
         """
         folder = Path(folder)
+        if any(weight.dtype == torch.int8 for weight in self.model.state_dict().values()):
+            raise UserError(
+                "The weights were rounded to int8 when they were loaded and cannot be saved; load"
+                " the model without this dtype."
+            )
         if folder.exists() and not _is_only_a_model(folder):
             raise UserError(f"{folder} holds other things than a model; name another folder.")
         temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -313,11 +326,11 @@ def _tokenizer_of(checkpoint: Checkpoint, device: torch.device) -> MixedTokenize
 
 def _from_checkpoint(
     folder: Path, device: torch.device, dtype: torch.dtype | None, allow_pickle: bool
-) -> Chameleon:
+) -> tuple[FolderConfig, Transformer, MixedTokenizer]:
     """A model in another layout than ours, or in shards."""
     checkpoint = open_checkpoint(folder, allow_pickle)
     tokenizer = _tokenizer_of(checkpoint, device)
-    return Chameleon(checkpoint.config, load_transformer(checkpoint, device, dtype), tokenizer)
+    return checkpoint.config, load_transformer(checkpoint, device, dtype), tokenizer
 
 
 def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:
@@ -361,11 +374,21 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The type to run in; None keeps the file's. CPUs run float32: half types are slower there."""
+def _dtype(
+    dtype: str | torch.dtype | None, device: torch.device
+) -> tuple[torch.dtype | None, StoredAs | None]:
+    """The type to read weights in, None keeps the file's; and how they are held, if otherwise.
+
+    CPUs compute in float32: half types are slower there.
+    """
+    on_cpu = device.type == "cpu"
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else None
-    return named_dtype(dtype)
+        return torch.float32 if on_cpu else None, None
+    if dtype in ("int8", torch.int8):
+        return None, "int8"
+    if named_dtype(dtype) == torch.bfloat16 and on_cpu:
+        return None, "bfloat16"
+    return named_dtype(dtype), None
 
 
 def _is_only_a_model(folder: Path) -> bool:

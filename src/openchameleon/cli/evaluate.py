@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from openchameleon.cli.dtype import add_dtype
 from openchameleon.cli.main import Action
 from openchameleon.cli.output import make_folder, refuse_existing
 from openchameleon.errors import UserError
@@ -20,6 +21,7 @@ def add_world_arguments(world: argparse.ArgumentParser) -> None:
     world.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     world.add_argument("--splits", metavar="A,B", help="only these splits, comma-separated")
     world.add_argument("--preset", help="the world to examine in (the one of the model's name)")
+    add_dtype(world)
     world.add_argument("--json", action="store_true", help="print JSON instead of a table")
     world.add_argument("--out", type=Path, metavar="DIR",
                        help="keep scores.json and the pictures there")  # fmt: skip
@@ -39,7 +41,7 @@ def run_world(options: argparse.Namespace) -> int:
 
     splits = [s.strip() for s in options.splits.split(",")] if options.splits else list(EXAMS)
     scores = evaluate_world(
-        Chameleon.from_pretrained(options.model),
+        Chameleon.from_pretrained(options.model, dtype=options.dtype),
         n=options.n,
         seed=options.seed,
         splits=splits,

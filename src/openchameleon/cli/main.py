@@ -18,6 +18,7 @@ from openchameleon.errors import Stopped, UserError, nearest
 
 COMMANDS = {
     "generate": "continue a prompt of text and pictures with text and pictures",
+    "chat": "a conversation in text and pictures, in the terminal",
     "serve": "an HTTP API, and a page, to converse with a model",
     "world": "the emoji world: write samples, check a picture",
     "tokenizer": "train and judge the text and image tokenizers",

@@ -80,6 +80,7 @@ class Engine:
         sequence = self._sequence(request)
         if self._weights != (now := weights_of(self.model)):
             self.blocks.forget()  # trained on in between: what was read holds no longer
+            self.runner.renew()
             self._weights = now
         if sequence.finish_reason is None:
             self.scheduler.add(sequence)
@@ -285,12 +286,12 @@ def default_cache_tokens(model: Transformer, max_batch: int, block_size: int) ->
 
     Room for one guided request in any case.
     """
-    config, weight = model.config, model.output_weight
+    config, device = model.config, model.output_weight.device
     context = -(-config.max_seq_len // block_size) * block_size
     wanted = max(3, max_batch) * context
-    n_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * weight.element_size()
-    if weight.device.type == "cuda":
-        free = torch.cuda.mem_get_info(weight.device)[0]
+    n_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:

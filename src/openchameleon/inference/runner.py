@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import chain, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from openchameleon.inference.blocks import NULL_BLOCK
 from openchameleon.inference.kv_cache import KVPool
+from openchameleon.inference.native.step import NativeStep
 from openchameleon.inference.scheduler import Read
 from openchameleon.model.transformer import Transformer
+
+SHORT, MAX_ROWS = 32, 256
+"""New ids of a stream that the native step reads rather than PyTorch, and of one of its calls."""
 
 
 class Runner:
@@ -19,29 +25,82 @@ class Runner:
     def __init__(self, model: Transformer, pool: KVPool, pad_id: int) -> None:
         self.model, self.pool, self.pad_id = model, pool, pad_id
 
+    @cached_property
+    def native(self) -> NativeStep | None:
+        """The faster way for few new ids, where there is one; made when it is first asked for."""
+        return NativeStep.of(self.model)
+
+    def renew(self) -> None:
+        """To be called when weights were replaced."""
+        self.__dict__.pop("native", None)
+
     def read(self, reads: list[Read]) -> None:
         """Reads the planned ids, alike numbers of them together; fills in `hidden` at the end."""
         reads = sorted(reads, key=lambda read: read[1])
+        n_short = 0
+        if self.native is not None:
+            n_short = sum(n <= SHORT for _, n in reads)
+            for start, stop in pairwise(native_cuts([n for _, n in reads[:n_short]])):
+                group = reads[start:stop]
+                self._fill(group, self._call_native(self.native, group))
+        reads = reads[n_short:]
         for start, stop in pairwise(read_cuts([n for _, n in reads])):
             group = reads[start:stop]
-            for (stream, n_new), hidden in zip(group, self._call(group), strict=True):
-                stream.n_read += n_new - len(stream.guess)
-                stream.hidden = hidden[n_new - 1 - len(stream.guess) : n_new]
+            self._fill(group, self._call(group))
+
+    def _fill(self, group: list[Read], hidden: Iterable[Tensor]) -> None:
+        """hidden: of each stream at its new ids, (T, C) with T at least their number."""
+        for (stream, n_new), states in zip(group, hidden, strict=True):
+            stream.n_read += n_new - len(stream.guess)
+            stream.hidden = states[n_new - 1 - len(stream.guess) : n_new]
 
     def logits(self, hidden: Tensor, first_id: int, stop_id: int) -> Tensor:
         """Float32 logits (R, stop_id - first_id) of hidden states (R, C)."""
-        return F.linear(hidden, self.model.output_weight[first_id:stop_id]).float()
+        if self.native is not None:
+            return self.native.logits(hidden, first_id, stop_id)
+        return self.model.logits(hidden, first_id, stop_id)
 
     def _call(self, reads: list[Read]) -> Tensor:
         """One model call -> hidden at the new ids of each stream, (B, T, C), padded."""
-        new_ids = [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
-        counts = [n for _, n in reads]
-        padded = [ids + [self.pad_id] * (max(counts) - len(ids)) for ids in new_ids]
+        ids, counts = new_ids(reads), [n for _, n in reads]
+        padded = [row + [self.pad_id] * (max(counts) - len(row)) for row in ids]
         device = self.model.output_weight.device
         tables, starts = [s.blocks for s, _ in reads], [s.n_read for s, _ in reads]
         view = self.pool.view(tables, starts, counts, device)
         token_ids = torch.tensor(padded, device=device)
         return self.model.hidden(token_ids, view.positions, view.mask, view)
+
+    def _call_native(self, native: NativeStep, reads: list[Read]) -> tuple[Tensor, ...]:
+        """The native step over all new ids, each a row of its own -> hidden of each stream."""
+        counts = [n for _, n in reads]
+        width = max(len(stream.blocks) for stream, _ in reads)
+        tables = [s.blocks + [NULL_BLOCK] * (width - len(s.blocks)) for s, _ in reads]
+        n_blocks = 1 + max(map(max, tables))
+        layers = range(self.model.config.n_layers)
+        storage = [self.pool.storage(layer, n_blocks, native.like) for layer in layers]
+        hidden = native.hidden(
+            torch.tensor([*chain(*new_ids(reads))]),
+            torch.tensor([*chain(*(range(s.n_read, s.n_read + n) for s, n in reads))]),
+            torch.tensor(tables).repeat_interleave(torch.tensor(counts), 0),
+            storage,
+        )
+        return hidden.split(counts)
+
+
+def new_ids(reads: list[Read]) -> list[list[int]]:
+    """What each stream reads now, guesses included."""
+    return [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
+
+
+def native_cuts(counts: list[int]) -> list[int]:
+    """Where to cut counts into native calls of at most MAX_ROWS ids: 0, ..., len(counts)."""
+    cuts, n_rows = [0], 0
+    for stop, count in enumerate(counts):
+        if n_rows + count > MAX_ROWS and n_rows:
+            cuts.append(stop)
+            n_rows = 0
+        n_rows += count
+    return [*cuts, len(counts)] if counts else cuts
 
 
 def read_cuts(counts: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,15 @@ class KVCacheLike(Protocol):
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, D) of `layer`; returns all to attend to, (B, K, S, D) each."""
+        ...
+
+
+@runtime_checkable
+class HeadLike(Protocol):
+    """An output head whose weights are held in a form of its own (inference/stored.py)."""
+
+    def rows(self, x: Tensor, first: int, stop: int | None) -> Tensor:
+        """The outputs first .. stop-1 of x (..., C)."""
         ...
 
 
@@ -196,6 +205,11 @@ class Transformer(nn.Module):
         """The output head (V, C): its own, or the embedding table where they are tied."""
         return (self.tok_embeddings if self.config.tie_embeddings else self.output).weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations: of what `hidden` returns, and of keys and values."""
+        return self.norm.weight.dtype
+
     def hidden(
         self,
         token_ids: Tensor,
@@ -227,8 +241,17 @@ class Transformer(nn.Module):
         cache: KVCacheLike | None = None,
     ) -> Tensor:
         """Float32 logits (B, T, V); arguments as in `hidden`."""
-        x = self.hidden(token_ids, positions, mask, cache)
-        return F.linear(x, self.output_weight).float()
+        return self.logits(self.hidden(token_ids, positions, mask, cache))
+
+    def logits(self, hidden: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        """Float32 logits (..., n) of ids first .. stop-1, by default all, from hidden (..., C)."""
+        head = getattr(self, "output", self.tok_embeddings)
+        if isinstance(head, HeadLike):
+            return head.rows(hidden, first, stop).float()
+        weight = self.output_weight
+        if first or stop is not None:
+            weight = weight[first:stop]
+        return F.linear(hidden, weight).float()
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -70,6 +70,15 @@ class MixedTokenizer:
         """
         return self._encode_segments(document, "crop", self._picture_ids([(document, "crop")]))
 
+    def n_ids(self, document: Document) -> int:
+        """How many ids `encode` gives; no picture is looked at. UserError as there."""
+        if document.images:
+            self._image_tokenizer()
+        return sum(
+            len(self.text.encode(s.text)) if isinstance(s, Text) else self.vocab.image.item_len
+            for s in document
+        )
+
     def encode_record(self, record: Record, answers_only: bool = True) -> chat.Tokens:
         """A document or a conversation as `(ids, loss_mask)` to learn from; see `chat`."""
         return self.encode_many([record], answers_only)[0]

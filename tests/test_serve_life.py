@@ -596,6 +596,25 @@ def test_the_program_warns_where_others_can_reach_it_without_a_key(model_folder:
     assert "--api-key" in err
 
 
+def test_a_model_that_two_processes_compute_is_served_as_one_is(
+    model_folder: Path, tiny: Chameleon
+) -> None:
+    process, port = start("--model", str(model_folder), "--tensor", "2")
+    try:
+        until(lambda: get(port, "/ready") == 200)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({"input": "a cat", "temperature": 0, "mode": "text"})
+        connection.request("POST", RESPONSES, body, {"Content-Type": "application/json"})
+        found = seen(json.loads(connection.getresponse().read()))
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert found == [tiny.generate("a cat", temperature=0.0, mode="text").text]
+    assert process.returncode == 0
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_program_with_a_sentence(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 
+from openchameleon.cli.dtype import add_dtype
 from openchameleon.errors import UserError
 
 KEY_VARIABLE = "OPENCHAMELEON_API_KEY"
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", type=float, default=30.0, metavar="S",
                         help="seconds for answers to end after SIGTERM (%(default)s)")  # fmt: skip
     parser.add_argument("--device", help="such as cuda:1 (the GPU where there is one)")
-    parser.add_argument("--dtype", help="of the transformer, such as bfloat16")
+    add_dtype(parser)
+    parser.add_argument("--tensor", type=int, default=1, metavar="N",
+                        help="processes that compute the model together (%(default)s)")  # fmt: skip
     parser.add_argument("--allow-pickle", action="store_true",
                         help="read Meta's .pth files, which are pickles")  # fmt: skip
 
@@ -68,8 +71,16 @@ def run(options: argparse.Namespace) -> int:
     if options.host not in LOOPBACK and settings.api_key is None:
         print("openchameleon: others can reach this address and no --api-key is set: whoever does"
               " may use the model.", file=sys.stderr)  # fmt: skip
-    serve(settings, load, options.host, options.port)
-    return 0
+    if options.tensor == 1:
+        serve(settings, load, options.host, options.port)
+        return 0
+    from openchameleon.serve.parallel import with_model
+
+    def lead(chameleon: Chameleon) -> int:  # its engine cannot be made again: others follow it
+        serve(settings, lambda: chameleon, options.host, options.port, lambda c: c.engine)
+        return 0
+
+    return with_model(str(folder), lead, options.tensor, options.dtype, options.allow_pickle)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -77,6 +88,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--port {options.port} is not in 0 .. 65535.")
     if options.max_running < 1 or options.max_open < 1:
         raise UserError("--max-running and --max-open are at least 1.")
+    if options.tensor != 1 and options.device is not None:
+        raise UserError("--tensor gives each process a device of its own; leave --device out.")
     if not 0 <= options.drain < 1e6:
         raise UserError(f"--drain {options.drain} is not a time in seconds.")
     if options.api_key and not options.api_key.isascii():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from openchameleon.errors import UserError
+from openchameleon.inference.engine import Engine
 from openchameleon.pipeline import Chameleon
 from openchameleon.serve.app import create_app
 from openchameleon.serve.service import Service, Settings
@@ -21,9 +22,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS = 2.0  # seconds in which streams that were cut send their last event
 
 
-def serve(settings: Settings, load: Callable[[], Chameleon], host: str, port: int) -> None:
-    """Serves until a signal. UserError where the model cannot be loaded or the address is taken."""
-    service = Service(settings, load)
+def serve(
+    settings: Settings,
+    load: Callable[[], Chameleon],
+    host: str,
+    port: int,
+    make_engine: Callable[[Chameleon], Engine] | None = None,
+) -> None:
+    """Serves until a signal; arguments as of `Service`.
+
+    UserError where the model cannot be loaded or the address is taken.
+    """
+    service = Service(settings, load, make_engine)
     server = Server(service, host, port)
     try:
         server.run()

@@ -1,10 +1,14 @@
 # Every target sets up by itself what it needs in .venv, and does nothing twice.
-.PHONY: demo test check bench soak format clean
+.PHONY: demo serve test check bench soak format clean
 BIN := .venv/bin
 
 demo:    ## a conversation in text and pictures with the embedded model -> demo/index.html
 	@tools/setup.sh core
 	@$(BIN)/openchameleon demo --out demo
+
+serve:   ## the page and the API, with the embedded model -> http://127.0.0.1:8000
+	@tools/setup.sh serve
+	@$(BIN)/openchameleon serve
 
 test:    ## the whole suite, but for what is marked slow
 	@tools/setup.sh dev

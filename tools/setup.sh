@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the package there: `setup.sh core` (what the program needs) or `setup.sh dev` (tests too).
+# Makes .venv and installs the package there: `setup.sh core` (what the program needs), `serve` (the server too)
+# or `dev` (tests too).
 # Does nothing when pyproject.toml and constraints.txt have not changed since it last succeeded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,14 +10,15 @@ venv=${VENV:-.venv}
 python=$venv/bin/python
 case $kind in
   core) target=. ;;
+  serve) target='.[serve]' ;;
   dev) target='.[dev]' ;;
-  *) echo "usage: tools/setup.sh [core|dev]" >&2; exit 2 ;;
+  *) echo "usage: tools/setup.sh [core|serve|dev]" >&2; exit 2 ;;
 esac
 
 # The editable install records this folder's path: a moved checkout is set up again.
 want=$(cat pyproject.toml constraints.txt <(pwd) | cksum)
 stamped() { [ -x "$python" ] && [ "$(cat "$venv/.$1.stamp" 2>/dev/null)" = "$want" ]; }
-if stamped "$kind" || { [ "$kind" = core ] && stamped dev; }; then exit 0; fi
+if stamped "$kind" || stamped dev || { [ "$kind" = core ] && stamped serve; }; then exit 0; fi
 
 if [ ! -x "$python" ]; then
   base=${PYTHON:-python3}

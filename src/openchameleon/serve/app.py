@@ -112,12 +112,13 @@ def _add_status(app: FastAPI, service: Service) -> None:
 def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     def index() -> Response:
-        if not (PAGE / "index.html").is_file():
-            raise HTTPException(404)
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
-    if PAGE.is_dir():
-        app.mount("/page", PageFiles(directory=PAGE))
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        return FileResponse(PAGE / "docs.html", headers=PAGE_HEADERS)
+
+    app.mount("/page", PageFiles(directory=PAGE))
 
 
 class PageFiles(StaticFiles):

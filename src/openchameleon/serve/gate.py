@@ -21,7 +21,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_PATHS = ("/", "/docs", "/health", "/ready")
 OPEN_FOLDER = "/page/"
 
 

@@ -48,7 +48,7 @@ function failureOf(event) {
   return event.type === "response.failed" ? event.response.error || {} : null;
 }
 
-async function request(path, options = {}) {
+export async function request(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;

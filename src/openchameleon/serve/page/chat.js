@@ -9,7 +9,7 @@ const FORGETTING = ["context_length_exceeded", "too_many_images", "request_too_l
 
 /**
  * `on` has `change()`, after anything changed; `settings()`, fields of a request; `model()`, the
- * model's name or undefined; `key(error)`, which asks for an API key and says whether one was given.
+ * model's name or undefined; `key()`, which asks for an API key and says whether one was given.
  */
 export class Chat {
   conversation = newConversation();
@@ -127,7 +127,7 @@ export class Chat {
     if (!(error instanceof ApiError)) console.error(error);
     const words = error instanceof ApiError ? error.message : "Something on this page went wrong.";
     turn.error = { message: words, secondsLeft: 0 };
-    if (error.status === 401 && (await this.on.key(error))) this.retry();
+    if (error.status === 401 && (await this.on.key())) this.retry();
     else if (error.retryAfter && ++this.#tries < MAX_TRIES) this.#countDown(turn, error.retryAfter);
   }
 

@@ -1,10 +1,20 @@
-"""Fixtures that several files share: a tiny model of random weights, as a folder and loaded."""
+"""What several files share: a tiny model of random weights, and the web page in a browser."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from page_driver import Person
+    from playwright.sync_api import Browser
+
+    from openchameleon import Chameleon
+    from openchameleon.serve.service import Service
 
 
 def _text() -> list[str]:
@@ -44,3 +54,73 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     Chameleon(config, model, MixedTokenizer(vocab, text, image)).save(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from page_driver import CHROMIUM, launch
+    from playwright.sync_api import expect, sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium fonts-dejavu-core")
+    with sync_playwright() as playwright:
+        expect.set_options(timeout=20_000)
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_model() -> Chameleon:
+    from openchameleon import Chameleon
+
+    return Chameleon.from_pretrained("nano")
+
+
+@pytest.fixture(scope="module")
+def page_service(page_model: Chameleon) -> Service:
+    from openchameleon.serve.service import Service, Settings
+
+    return Service(Settings(name="nano"), lambda: page_model)
+
+
+@pytest.fixture(scope="module")
+def address(page_service: Service) -> Iterator[str]:
+    from page_driver import running
+
+    with running(page_service) as address:
+        yield address
+
+
+@pytest.fixture
+def visit(browser: Browser, address: str) -> Iterator[Callable[..., Person]]:
+    """Opens the page as a new person; whatever a test does, nothing may leave the origin."""
+    from page_driver import Person
+
+    people: list[Person] = []
+
+    def visit(at: str = address, **context: Any) -> Person:
+        people.append(Person(browser.new_context(**context).new_page(), at))
+        return people[-1]
+
+    yield visit
+    for person in people:
+        person.page.context.close()
+        own = (person.address, "data:", "blob:")
+        assert [url for url in person.requested if not url.startswith(own)] == []
+        # A refused request is logged by the browser; anything else is a fault of the page.
+        assert [c for c in person.complaints if "Failed to load resource" not in c] == []
+
+
+@pytest.fixture
+def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine takes its time, so that what happens on the way can be seen."""
+    from openchameleon.inference.engine import Engine
+
+    step = Engine.step
+
+    def slow_step(self: Engine) -> object:
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", slow_step)

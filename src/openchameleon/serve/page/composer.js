@@ -70,11 +70,10 @@ export class Composer {
 
   /** Reads picture files and inserts them at the caret, or at a point of the screen. */
   async addFiles(files, point = null) {
-    const caret = point ? this.#caretAt(point) : this.#caret;
+    if (point) this.#caret = this.#caretAt(point) ?? this.#caret;
     this.on.problem("");
     for (const file of files) {
       try {
-        this.#caret = caret ?? this.#caret;
         this.addPicture(await readPicture(file));
       } catch (error) {
         this.on.problem(error.message);
@@ -93,16 +92,19 @@ export class Composer {
   }
 
   #insert(chip, caret) {
-    const range = caret ?? document.createRange();
-    if (!caret) {
-      range.selectNodeContents(this.editor);
-      range.collapse(false);
+    const range = document.createRange();
+    range.selectNodeContents(this.editor);
+    range.collapse(false);
+    if (caret && this.editor.contains(caret.startContainer)) {
+      caret.deleteContents();
+      range.setStart(caret.startContainer, caret.startOffset);
+      range.collapse(true);
     }
-    range.deleteContents();
     range.insertNode(chip);
+    this.editor.normalize(); // the text around it may have been cut into an empty piece
     // Behind a chip a caret needs text to stand in.
-    if (!chip.nextSibling || this.#pictures.has(chip.nextSibling)) chip.after(" ");
-    range.setStart(chip.nextSibling, chip.nextSibling.nodeType === Node.TEXT_NODE ? 1 : 0);
+    if (chip.nextSibling?.nodeType !== Node.TEXT_NODE) chip.after(" ");
+    range.setStart(chip.nextSibling, chip.nextSibling.data.startsWith(" ") ? 1 : 0);
     range.collapse(true);
     this.#caret = range.cloneRange();
     getSelection().removeAllRanges();

@@ -275,10 +275,11 @@ function listen() {
     if (format) downloadConversation(chat.conversation.turns, format, model.id ?? "OpenChameleon");
     byId("downloads").hidePopover();
   });
-  const lightbox = byId("lightbox");
-  lightbox.addEventListener("click", ({ target }) => {
-    if (target === lightbox || target.closest(".close")) lightbox.close();
-  });
+  for (const dialog of document.querySelectorAll("dialog")) {
+    dialog.addEventListener("click", ({ target }) => {
+      if (target === dialog || target.closest(".close")) dialog.close();
+    });
+  }
   listenToKeys();
   listenToDrops();
 }

@@ -42,7 +42,8 @@ class FolderConfig:
 
     outputs: what the model may write; a model released as text only is ["text"], whatever its
     weights could do. sampling: the defaults of generation. picture_first: see MixedTokenizer; a
-    folder that does not say keeps the order of the words and the picture.
+    folder that does not say keeps the order of the words and the picture. examples: prompts that
+    show what the model can do, for those who meet it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class FolderConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     text_tokenizer: str = TEXT_TOKENIZER
     picture_first: bool = False
+    examples: tuple[str, ...] = ()
     format: int = FORMAT
 
     def __post_init__(self) -> None:

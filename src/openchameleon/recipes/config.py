@@ -63,6 +63,7 @@ class Recipe:
     in a packed row. bind: a first, short stage on the densest mixture, in which names bind to codes
     (docs/LOG.md), if there is one; tune: a last one, if there is one. picture_first: the only
     picture of a user's turn is read before its words, in training and in the model that is made.
+    examples: prompts that the model is made for, which go into its folder unless it learns `data`.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Recipe:
     workers: int = 2
     picture_first: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    examples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.world is not None and self.world not in PRESETS:

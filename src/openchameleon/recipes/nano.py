@@ -116,4 +116,10 @@ def recipe() -> Recipe:
         sampling=SamplingParams(
             text=ModalityParams(temperature=0.3), image=ModalityParams(temperature=0.1)
         ),
+        examples=(
+            "Draw a cat at the top left and a pizza at the bottom right.",
+            "Tell a story about a rocket.",
+            "Draw a dog at the top.",
+            "What can you do?",
+        ),
     )

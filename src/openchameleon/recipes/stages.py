@@ -137,6 +137,7 @@ def folder_config(recipe: Recipe) -> FolderConfig:
         shape,
         sampling=recipe.sampling,
         picture_first=recipe.picture_first,
+        examples=() if recipe.data else recipe.examples,
     )
 
 

@@ -94,6 +94,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
             "outputs": list(config.outputs),
             "context_length": config.model.max_seq_len,
             "picture_size": service.picture_size,
+            "examples": list(config.examples),
         }
 
     @app.get("/v1/models")

@@ -18,6 +18,8 @@ from page_driver import DONE, Person, running, stream_of, text_events
 from playwright.sync_api import Route, expect
 
 from openchameleon.serve import app
+from openchameleon.serve.answer import Answer, Partial
+from openchameleon.serve.metrics import Metrics
 from openchameleon.serve.service import Service, Settings
 
 ANSWERS = "**/v1/responses"
@@ -185,3 +187,13 @@ def test_the_conversation_is_downloaded_with_its_pictures(
         assert items[1]["result"] == src.split(",")[1]
     else:
         assert src in text
+
+
+def test_a_growing_picture_is_shown_as_it_was_due_though_its_last_codes_have_come(
+    page_model: Chameleon,
+) -> None:
+    codes = page_model.tokenizer.vocab.image
+    answer = Answer(None, page_model.tokenizer, Metrics(), partial_pictures=9)  # type: ignore[arg-type]
+    ids = [codes.begin_id, *[codes.first_id] * codes.codes_per_item]
+    (partial,) = [piece for piece in answer.read(ids) if isinstance(piece, Partial)]
+    assert partial.codes_done < partial.codes_total

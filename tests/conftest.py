@@ -12,9 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from page_driver import Person
     from playwright.sync_api import Browser
+    from serving import Running
 
     from openchameleon import Chameleon
-    from openchameleon.serve.service import Service
 
 
 def _text() -> list[str]:
@@ -78,28 +78,21 @@ def page_model() -> Chameleon:
 
 
 @pytest.fixture(scope="module")
-def page_service(page_model: Chameleon) -> Service:
-    from openchameleon.serve.service import Service, Settings
+def page_server(page_model: Chameleon) -> Iterator[Running]:
+    from serving import serving
 
-    return Service(Settings(name="nano"), lambda: page_model)
-
-
-@pytest.fixture(scope="module")
-def address(page_service: Service) -> Iterator[str]:
-    from page_driver import running
-
-    with running(page_service) as address:
-        yield address
+    with serving(lambda: page_model) as running:
+        yield running
 
 
 @pytest.fixture
-def visit(browser: Browser, address: str) -> Iterator[Callable[..., Person]]:
+def visit(browser: Browser, page_server: Running) -> Iterator[Callable[..., Person]]:
     """Opens the page as a new person; whatever a test does, nothing may leave the origin."""
     from page_driver import Person
 
     people: list[Person] = []
 
-    def visit(at: str = address, **context: Any) -> Person:
+    def visit(at: str = page_server.url, **context: Any) -> Person:
         people.append(Person(browser.new_context(**context).new_page(), at))
         return people[-1]
 
@@ -120,7 +113,7 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
 
     def slow_step(self: Engine) -> object:
-        time.sleep(0.05)
+        time.sleep(0.03)
         return step(self)
 
     monkeypatch.setattr(Engine, "step", slow_step)

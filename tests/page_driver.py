@@ -6,17 +6,10 @@ import base64
 import io
 import json
 import shutil
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import PIL.Image
 from playwright.sync_api import Browser, Locator, Page, Playwright, expect
-
-from openchameleon.serve.server import Server
-from openchameleon.serve.service import Service
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -30,29 +23,6 @@ def launch(playwright: Playwright) -> Browser:
     return playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
-@contextmanager
-def running(service: Service) -> Iterator[str]:
-    """A server in a thread; its address."""
-    server = Server(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_until(lambda: server.started and service.ready)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def wait_until(true: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 class Person:
     """What a person does at the page, and what the page then shows."""
 
@@ -63,6 +33,8 @@ class Person:
         page.on("request", lambda request: self.requested.append(request.url))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
+        # The seeds that the page draws: the same ones in every run of a test.
+        page.add_init_script("crypto.getRandomValues = (numbers) => numbers.fill(1)")
         page.goto(address)
         expect(page.locator("#suggestions button").first).to_be_attached()
 
@@ -101,6 +73,13 @@ class Person:
         """A turn's parts in order: its texts, and "picture" for a picture."""
         return turn.locator(".body > :visible").evaluate_all(
             "parts => parts.map(p => p.matches('figure') ? 'picture' : p.textContent)"
+        )
+
+    @property
+    def everything(self) -> list[str]:
+        """The texts and pictures (as data) of the conversation."""
+        return self.page.locator(".body .text, .body img").evaluate_all(
+            "parts => parts.map(p => p.src || p.textContent)"
         )
 
     def picture(self, turn: Locator, i: int = 0) -> PIL.Image.Image:

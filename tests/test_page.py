@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright")
 
-from page_driver import Person, plain, png, wait_until
+from page_driver import Person, plain, png
 from playwright.sync_api import expect
+from serving import Running, until
 
-from openchameleon.serve.service import Service
 from openchameleon.world.atlas import PRESETS
 from openchameleon.world.checker import check
 from openchameleon.world.render import render
@@ -65,15 +65,21 @@ def test_a_conversation_with_an_upload_and_an_interleaved_answer(visit: Visit) -
 @pytest.mark.usefixtures("slow_engine")
 def test_a_drawing_grows_in_its_place_and_is_what_was_asked(visit: Visit, tmp_path: Path) -> None:
     person = visit()
+    person.page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver((changes) => {
+                for (const { target } of changes) seen.push(Number(target.ariaValueNow));
+            }).observe(document.getElementById("turns"),
+                       { subtree: true, attributeFilter: ["aria-valuenow"] });
+        }"""
+    )
     person.say(DRAW, wait=False)
-    bar = person.page.get_by_role("progressbar", name="Drawing")
-    seen = set()
-    expect(bar).to_be_visible()
-    while bar.is_visible():
-        seen.add(int(bar.get_attribute("aria-valuenow", timeout=1000) or 0))
-        person.page.wait_for_timeout(50)
-    assert len(seen) > 5, "the picture came in few steps"
+    expect(person.page.get_by_role("progressbar", name="Drawing")).to_be_visible()
     person.wait()
+    seen = person.page.evaluate("seen")
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 4, "the picture came in few steps"
     asked = placed(("cat", "top left"), ("pizza", "bottom right"))
     assert scene_of(person.picture(person.answer)) == asked
 
@@ -86,14 +92,14 @@ def test_a_drawing_grows_in_its_place_and_is_what_was_asked(visit: Visit, tmp_pa
 
 
 @pytest.mark.usefixtures("slow_engine")
-def test_stopping_keeps_what_came_and_ends_the_work(visit: Visit, page_service: Service) -> None:
+def test_stopping_keeps_what_came_and_ends_the_work(visit: Visit, page_server: Running) -> None:
     person = visit()
     person.say("Tell a story about a cat.", wait=False)
     expect(person.answer.locator("figure img[src]").first).to_be_visible()
     person.page.keyboard.press("Escape")
     expect(person.answer.locator(".note")).to_have_text("Stopped.")
     assert person.shown(person.answer)[1:] == ["picture"]
-    wait_until(lambda: page_service.n_open == 0, 5)
+    until(lambda: page_server.service.n_open == 0, 5)
     # Half a picture is not given back to the model, the sentence before it is.
     with person.page.expect_request(ANSWERS) as request:
         person.say("What can you do?")
@@ -140,7 +146,7 @@ def test_the_last_message_can_be_edited(visit: Visit) -> None:
     person.button("Edit your message").click()
     expect(person.editor).to_have_text("Draw a cat at the top. ")
     person.button("Cancel").click()
-    assert person.page.locator(".turn").count() == 4
+    expect(person.page.locator(".turn")).to_have_count(4)
     person.button("Edit your message").click()
     person.say("Draw a dog at the top.")
     assert person.page.locator(".user .body").all_inner_texts() == [
@@ -167,18 +173,33 @@ def test_a_reload_brings_the_conversation_and_the_draft_back(visit: Visit) -> No
     person.say("Draw a cat.")
     person.editor.fill("not sent yet")
     person.page.wait_for_timeout(500)
-    before = person.page.locator("#turns").inner_html()
+    before = person.everything
     person.page.reload()
     expect(person.editor).to_have_text("not sent yet ")
-    assert person.page.locator("#turns").inner_html() == before
+    assert len(before) == 5
+    assert person.everything == before
     with person.page.expect_request(ANSWERS) as request:
         person.say("Where is the cat?")
     assert len(request.value.post_data_json["input"]) == 5
 
     person.button("New conversation").click()
-    assert person.page.locator(".turn").count() == 0
+    expect(person.page.locator(".turn")).to_have_count(0)
     person.button("Bring the old one back").click()
-    assert person.page.locator(".turn").count() == 6
+    expect(person.page.locator(".turn")).to_have_count(6)
+
+
+@pytest.mark.usefixtures("slow_engine")
+def test_a_reload_in_the_middle_of_an_answer_keeps_what_had_come(visit: Visit) -> None:
+    person = visit()
+    person.say("Tell a story about a cat.", wait=False)
+    expect(person.answer.locator("figure img[src]").first).to_be_visible()
+    person.page.wait_for_timeout(600)
+    person.page.reload()
+    expect(person.answer.locator(".note")).to_have_text("Stopped when the page was left.")
+    assert person.shown(person.answer)[0].startswith("A cat")
+    person.button("Answer again").click()
+    person.wait()
+    assert len(person.shown(person.answer)) > 2
 
 
 @pytest.mark.slow

@@ -14,13 +14,11 @@ from openchameleon import Chameleon
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright")
 
-from page_driver import DONE, Person, running, stream_of, text_events
+from page_driver import DONE, Person, stream_of, text_events
 from playwright.sync_api import Route, expect
+from serving import serving
 
 from openchameleon.serve import app
-from openchameleon.serve.answer import Answer, Partial
-from openchameleon.serve.metrics import Metrics
-from openchameleon.serve.service import Service, Settings
 
 ANSWERS = "**/v1/responses"
 Visit = Callable[..., Person]
@@ -38,7 +36,7 @@ def test_markup_of_the_model_and_of_the_person_is_text(visit: Visit, tmp_path: P
     assert person.shown(person.page.locator(".user")) == [evil]
     with person.page.expect_download() as download:
         person.button("Download the conversation").click()
-        person.page.get_by_role("menuitem", name="Page").click()
+        person.page.get_by_role("button", name="Page .html").click()
     download.value.save_as(tmp_path / "conversation.html")
     other = person.page.context.new_page()
     other.goto((tmp_path / "conversation.html").as_uri())
@@ -78,6 +76,7 @@ def test_a_busy_server_is_asked_again_when_it_said(visit: Visit) -> None:
     expect(error).to_contain_text("The server is busy with other answers. Trying again in 2 s.")
     expect(error).to_contain_text("Trying again in 1 s.")
     expect(person.answer.locator(".text")).to_be_visible(timeout=10_000)
+    person.wait()
     person.page.route(ANSWERS, refuse(503, "unavailable", "Loading.", Retry_After="30"), times=1)
     person.say("hello", wait=False)
     expect(error).to_contain_text("Loading. Trying again in 30 s.")
@@ -146,8 +145,8 @@ def test_a_prompt_without_room_is_asked_again_without_its_oldest_turns(visit: Vi
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(visit: Visit, page_model: Chameleon) -> None:
-    with running(Service(Settings(name="nano", api_key="sesame"), lambda: page_model)) as address:
-        person = visit(address)
+    with serving(lambda: page_model, api_key="sesame") as server:
+        person = visit(server.url)
         dialog = person.page.get_by_role("dialog")
         person.say("hello", wait=False)
         dialog.get_by_label("API key").fill("wrong")
@@ -177,7 +176,7 @@ def test_the_conversation_is_downloaded_with_its_pictures(
     src = person.answer.locator("figure img").get_attribute("src") or ""
     person.button("Download the conversation").click()
     with person.page.expect_download() as download:
-        person.page.get_by_role("menuitem", name=name).click()
+        person.page.get_by_role("button", name=name).click()
     assert download.value.suggested_filename.endswith(f".{ending}")
     download.value.save_as(tmp_path / "file")
     text = (tmp_path / "file").read_text(encoding="utf-8")
@@ -187,13 +186,3 @@ def test_the_conversation_is_downloaded_with_its_pictures(
         assert items[1]["result"] == src.split(",")[1]
     else:
         assert src in text
-
-
-def test_a_growing_picture_is_shown_as_it_was_due_though_its_last_codes_have_come(
-    page_model: Chameleon,
-) -> None:
-    codes = page_model.tokenizer.vocab.image
-    answer = Answer(None, page_model.tokenizer, Metrics(), partial_pictures=9)  # type: ignore[arg-type]
-    ids = [codes.begin_id, *[codes.first_id] * codes.codes_per_item]
-    (partial,) = [piece for piece in answer.read(ids) if isinstance(piece, Partial)]
-    assert partial.codes_done < partial.codes_total

@@ -66,13 +66,16 @@ function announce(turn, answering) {
   const pictures = turn?.parts.filter((part) => part.progress === 1).length;
   const drawn = pictures ? ` ${pictures} ${pictures > 1 ? "pictures" : "picture"}.` : "";
   const answer = turn?.role === "assistant" ? textOf(turn) + drawn : "";
-  byId("status").textContent = answering ? "Answering." : answer || turn?.note || "";
+  const words = answering ? "Answering." : answer || turn?.note || "";
+  if (byId("status").textContent !== words) byId("status").textContent = words;
 }
 
 function composed() {
   byId("send").disabled = !composer.parts.length || chat.answering;
-  clearTimeout(saving);
-  saving = setTimeout(() => save(chat.conversation, composer.parts), 300);
+  saving ||= setTimeout(() => {
+    saving = 0;
+    save(chat.conversation, composer.parts);
+  }, 400);
 }
 
 function submit() {
@@ -210,10 +213,7 @@ async function loadModel() {
     // The first answer will say what is wrong; a server that is starting is asked again.
     if (error.retryAfter) setTimeout(loadModel, 1000 * error.retryAfter);
   }
-  const ask = (words) => () => {
-    composer.parts = [{ type: "text", text: words }];
-    submit();
-  };
+  const ask = (words) => () => !chat.answering && chat.send([{ type: "text", text: words }]);
   byId("suggestions").replaceChildren(
     ...(model.examples?.length ? model.examples : SUGGESTIONS).map((words) =>
       element("li", {}, element("button", { type: "button", onclick: ask(words) }, words)),

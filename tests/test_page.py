@@ -188,6 +188,7 @@ def test_a_reload_brings_the_conversation_and_the_draft_back(visit: Visit) -> No
     expect(person.page.locator(".turn")).to_have_count(6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_engine")
 def test_a_reload_in_the_middle_of_an_answer_keeps_what_had_come(visit: Visit) -> None:
     person = visit()
@@ -411,6 +412,7 @@ def test_the_page_follows_the_answer_until_the_reader_scrolls_up(visit: Visit) -
     assert scroller.evaluate(end) < 60
 
 
+@pytest.mark.slow
 def test_less_motion_where_it_is_asked_for(visit: Visit) -> None:
     for wish, names in (("reduce", {"none"}), ("no-preference", {"pulse"})):
         person = visit(reduced_motion=wish)

@@ -21,6 +21,7 @@ from serving import serving
 from openchameleon.serve import app
 
 ANSWERS = "**/v1/responses"
+OTHER_FILES = [("Page", "html"), ("Markdown", "md")]
 Visit = Callable[..., Person]
 
 
@@ -94,8 +95,8 @@ def test_a_busy_server_is_asked_again_when_it_said(visit: Visit) -> None:
         ("unreachable", "The server cannot be reached"),
         ("cut", "The connection was lost before the answer was whole."),
         ("failed", "The model computed numbers that are not finite."),
-        ("ending", "The server is ending."),
-        ("no json", "The server answered with status 502."),
+        pytest.param("ending", "The server is ending.", marks=pytest.mark.slow),
+        pytest.param("no json", "The server answered with status 502.", marks=pytest.mark.slow),
     ],
 )
 def test_what_goes_wrong_is_said_in_place_and_can_be_tried_again(
@@ -166,7 +167,8 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(visit: Visit, page_model: Chame
 
 
 @pytest.mark.parametrize(
-    ("name", "ending"), [("Page", "html"), ("Markdown", "md"), ("Data", "json")]
+    ("name", "ending"),
+    [("Data", "json"), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHER_FILES)],
 )
 def test_the_conversation_is_downloaded_with_its_pictures(
     visit: Visit, tmp_path: Path, name: str, ending: str

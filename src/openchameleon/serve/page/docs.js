@@ -37,7 +37,7 @@ function table(schema) {
   const required = schema.required ?? [];
   const rows = Object.entries(schema.properties).map(([name, field]) => {
     const must = required.includes(name) ? " (required)" : "";
-    return element("div", { class: "field" },
+    return element("div", { class: "entry" },
       element("dt", {}, element("code", {}, name)),
       element("dd", {}, element("span", { class: "kind" }, ...kind(field), must),
         field.description ? ` ${field.description}` : ""));

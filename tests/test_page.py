@@ -420,3 +420,15 @@ def test_less_motion_where_it_is_asked_for(visit: Visit) -> None:
         person.say("hello", wait=False)
         animation = "getComputedStyle(document.querySelector('.waiting .body'), '::after')"
         assert {person.page.evaluate(f"{animation}.animationName")} == names
+
+
+def test_the_api_is_a_page_to_read(visit: Visit, page_server: Running) -> None:
+    page = visit().page
+    page.goto(f"{page_server.url}/docs")
+    expect(page.locator("h2", has_text="POST/v1/responses")).to_be_visible()
+    fields = page.locator("#operations dl").first
+    expect(fields).to_contain_text("guidance")
+    expect(fields).to_contain_text("number (0 to 100)")
+    _, _, described = page_server.ask("GET", "/openapi.json")
+    n_ways = sum(len(ways) for ways in described["paths"].values())
+    expect(page.locator("h2 .method")).to_have_count(n_ways)

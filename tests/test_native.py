@@ -324,7 +324,17 @@ def test_a_cache_that_cannot_be_written_is_told(
 def test_a_compiler_without_openmp_will_do(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse = 'for a; do [ "$a" = -fopenmp ] && exit 1; done'
     monkeypatch.setenv("CC", program(fresh / "plain", f'{refuse}\nexec {find_compiler()} "$@"'))
-    test_each_architecture_equals_the_transformer("grouped queries")
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        test_each_architecture_equals_the_transformer("grouped queries")
+        torch.set_num_threads(2)
+        model = model_of()
+        assert NativeStep.of(model) is None  # PyTorch has more threads
+        store_weights(model, "int8")
+        native_of(model)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @needs_library

@@ -6,13 +6,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import torch
 
 OPTIMISED = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC"]
 THIS_CPU = {"arm64": ["-mcpu=native"], "aarch64": ["-mcpu=native"]}
@@ -27,7 +26,7 @@ def load(source: Path) -> ctypes.CDLL:
     """The library of a C file: from the user's cache, else compiled now. NotBuilt says why not."""
     compiler = find_compiler()
     flags = [*OPTIMISED, *THIS_CPU.get(platform.machine(), ["-march=native"])]
-    key = "\0".join([source.read_text(encoding="utf-8"), compiler, *flags, torch_openmp(), cpu()])
+    key = "\0".join([source.read_text(encoding="utf-8"), compiler, *flags, loaded_openmp(), cpu()])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     try:
         folder = cache_folder()
@@ -47,10 +46,18 @@ def find_compiler() -> str:
     raise NotBuilt(f"CC = {wished} is no program" if wished else "there is no C compiler")
 
 
-def torch_openmp() -> str:
-    """The OpenMP library that torch came with, or "": one library, so one pool of threads."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
-    return str(found[0]) if found else ""
+def loaded_openmp() -> str:
+    """The OpenMP library that PyTorch runs on, or "": of one library there is one pool of threads.
+
+    With two, the threads of the one would wait busily for work on the cores of the other.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+    found = sorted(p for p in paths if re.fullmatch(r"lib(g|i)?omp\d?[-.].*", Path(p).name))
+    return next((p for p in found if "torch" in p), found[0] if found else "")
 
 
 def cpu() -> str:
@@ -81,11 +88,12 @@ def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> Non
     """
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         made, unlinked = Path(folder) / target.name, Path(folder) / "unlinked.o"
-        openmp = torch_openmp()
+        openmp = loaded_openmp()
         compiled = [compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(unlinked)]
-        linked = [compiler, "-shared", str(unlinked), openmp, "-lm", "-o", str(made)]
+        # All names must be found now: another compiler's OpenMP has other ones than PyTorch's.
+        linked = [compiler, "-shared", "-Wl,--no-undefined", str(unlinked), openmp, "-lm"]
         plain = [compiler, *flags, "-shared", str(source), "-lm", "-o", str(made)]
-        if not openmp or _fault(compiled) or _fault(linked):
+        if not openmp or _fault(compiled) or _fault([*linked, "-o", str(made)]):
             fault = _fault(plain)
             if fault:
                 raise NotBuilt(fault)

@@ -510,6 +510,14 @@ static int64_t cut(const Model *m, int64_t n, int64_t n_threads, float *memory, 
     return used + n_threads * s->own_size;
 }
 
+int has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Floats of memory that a call needs. */
 int64_t hidden_floats(const Model *m, int64_t n_rows, int64_t n_threads) {
     Scratch s;

@@ -67,6 +67,7 @@ class Batch(Structure):
 
 
 FUNCTIONS: dict[str, list[Any]] = {  # what it returns, what it is given
+    "has_openmp": [c_int],
     "hidden_floats": [c_int64, POINTER(Model), c_int64, c_int64],
     "logits_floats": [c_int64, POINTER(Matrix), c_int64],
     "step_hidden": [c_int64, POINTER(Model), POINTER(Batch), c_void_p, c_void_p, c_int],
@@ -130,7 +131,12 @@ class NativeStep:
         if not all(t.dtype in KINDS for t in tensors):
             return None
         lib = library()
-        return None if lib is None else NativeStep(model, lib)
+        if lib is None:
+            return None
+        outnumbered = torch.get_num_threads() > 1 and not lib.has_openmp()
+        if outnumbered and all(t.dtype == torch.float32 for t in tensors):
+            return None
+        return NativeStep(model, lib)
 
     def hidden(
         self,

@@ -331,7 +331,7 @@ from openchameleon.cli.main import main
 stream = pipeline.Chameleon.stream
 def slowly(*arguments, **wishes):
     for event in stream(*arguments, **wishes):
-        time.sleep(0.03)
+        time.sleep(0.1)
         yield event
 pipeline.Chameleon.stream = slowly
 sys.exit(main())
@@ -354,6 +354,11 @@ class Screen:
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C, a moment after what was typed: a signal that comes with a key may be lost."""
+        time.sleep(0.3)
+        self.type("\x03")
 
     def wait_for(self, words: str, seconds: float = 60) -> None:
         """Reads until the words come, and forgets what came before their end."""
@@ -387,12 +392,12 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_clears_a_line_and_ends(tmp_path: P
         screen.wait_for("> ")
         screen.type("half a li")
         screen.wait_for("half a li")
-        screen.type("\x03")
+        screen.interrupt()
         screen.wait_for("> ")
         screen.type("/save talk\n")
         screen.wait_for("written to talk.md")
         screen.wait_for("> ")
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.process.wait(20) == 0
     finally:
         screen.process.kill()

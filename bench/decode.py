@@ -1,9 +1,9 @@
 """Decoding beside `generate` of `transformers` on the same weights, which bfloat16 holds exactly.
 
-Greedy, random weights, no guesses ahead. Ours: PyTorch alone (where the library cannot be built),
-and the native step with weights held as float32, bfloat16 and int8. `times_transformers`: with its
-defaults, float32. It never writes codes, so that a picture is compared with its text, of as many
-ids. `same_ids`: part of its ids that are ours too.
+Greedy, random weights, no guesses ahead. Ours: PyTorch alone, as without a compiler,
+and the native step with weights held as float32, bfloat16 and int8. `times_transformers`: over
+`transformers` with its defaults in float32. It never writes codes, so that a picture is compared
+with its text, of as many ids. `same_ids`: part of its ids that are ours too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main() -> None:
     model = Transformer(config).eval()
     model.init_weights(seed=0)
     model.to(torch.bfloat16).to(torch.float32)
-    prompts = torch.randint(vocab.text_start, vocab.size, (args.batch, N_PROMPT)).tolist()
+    span, rng = (vocab.text_start, vocab.size), torch.Generator().manual_seed(0)
+    prompts = torch.randint(*span, (args.batch, N_PROMPT), generator=rng).tolist()
     runs = {"transformers": theirs(model, prompts, n_new)}
     runs |= {f"pytorch/{case}": ours(model, vocab, prompts, case, n_new, "0") for case in CASES}
     kinds: list[Any] = ["float32", "bfloat16", "int8"] if library() else []

@@ -61,6 +61,7 @@ def in_child(work: Callable[[], Any]) -> int:
     if pid == 0:
         status = 70
         try:
+            torch.set_num_threads(1)  # OpenMP's threads, once begun, do not survive a fork
             work()
             status = 0
         finally:

@@ -140,7 +140,7 @@ def is_idle(server: Running) -> bool:
 def test_a_stream_that_is_left_ends_its_work_within_a_step(
     gated: Running, engines: list[Gated], mode: str
 ) -> None:
-    stream = Stream(gated, mode=mode, **ENDLESS)
+    stream = Stream(gated, seed=1, mode=mode, **ENDLESS)
     (engine,) = engines
     engine.let(3)
     kind = "output_text.delta" if mode == "text" else "image_generation_call.generating"
@@ -160,8 +160,8 @@ def test_a_stream_that_is_left_ends_its_work_within_a_step(
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (RESPONSES, {"input": "draw a cat", **ENDLESS}),
-        (CHAT, {"messages": [{"role": "user", "content": "a cat"}], "n": 3, **ENDLESS}),
+        (RESPONSES, {"input": "draw a cat", "seed": 1, **ENDLESS}),
+        (CHAT, {"messages": [{"role": "user", "content": "a cat"}], "n": 3, "seed": 1, **ENDLESS}),
         (IMAGES, {"prompt": "draw a cat", "n": 2}),
     ],
 )
@@ -542,7 +542,9 @@ def test_a_stream_that_is_cut_by_the_end_gets_an_error_event(
         messages = [{"role": "user", "content": "a cat"}]
         chat = Stream(running, CHAT, messages=messages, mode="text", **ENDLESS)
         with ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(running.ask, "POST", RESPONSES, {"input": "a cat", **ENDLESS})
+            whole = pool.submit(
+                running.ask, "POST", RESPONSES, {"input": "a cat", "seed": 1, **ENDLESS}
+            )
             until(lambda: running.metric("openchameleon_waiting") == 2)
             running.end()
             if how != "time":

@@ -20,7 +20,7 @@ from openchameleon.serve import chat, images, responses
 from openchameleon.serve.errors import ApiError, Json, bad_field
 from openchameleon.serve.gate import Gate
 from openchameleon.serve.metrics import CONTENT_TYPE
-from openchameleon.serve.schema import ErrorBody
+from openchameleon.serve.replies import ErrorBody
 from openchameleon.serve.service import ClientGone, Service
 
 PAGE = Path(__file__).parent / "page"

@@ -20,13 +20,14 @@ from starlette.responses import Response as HTTPResponse
 from openchameleon.inference.params import Mode
 from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
-from openchameleon.serve import schema
+from openchameleon.serve import replies
 from openchameleon.serve.answer import Answer, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.pictures import Source
 from openchameleon.serve.prompts import Given, Speaker, read_prompt, seeded
-from openchameleon.serve.schema import AnswerImage, AnswerUrl, ChatImage, ChatMessage, ChatRequest
+from openchameleon.serve.replies import AnswerImage, AnswerUrl
+from openchameleon.serve.requests import ChatImage, ChatMessage, ChatRequest, ChatText
 from openchameleon.serve.service import Service, failure_of, seed_for
 from openchameleon.serve.sse import EventStream, event
 from openchameleon.tokenizer.mixed import TextDelta
@@ -34,7 +35,7 @@ from openchameleon.tokenizer.mixed import TextDelta
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/chat/completions", response_model=schema.ChatCompletion)
+@router.post("/v1/chat/completions", response_model=replies.ChatCompletion)
 async def create(body: ChatRequest, http: HTTPRequest) -> HTTPResponse:
     """`n` answers to a conversation, whole or (`stream`) as server-sent events."""
     service: Service = http.app.state.service
@@ -56,7 +57,7 @@ async def create(body: ChatRequest, http: HTTPRequest) -> HTTPResponse:
         return EventStream(service, answers, lines, _last_words)
     await service.collect(http, answers)
     choices = [_choice(i, answer) for i, answer in enumerate(answers)]
-    whole = schema.ChatCompletion(choices=choices, usage=_usage(answers), **head)
+    whole = replies.ChatCompletion(choices=choices, usage=_usage(answers), **head)
     return Json(whole.model_dump())
 
 
@@ -70,7 +71,7 @@ def parts_of(messages: Sequence[ChatMessage]) -> Iterator[Given]:
         else:
             for k, part in enumerate(message.content or []):
                 here = f"{where}.content[{k}]"
-                if isinstance(part, schema.ChatText):
+                if isinstance(part, ChatText):
                     yield Given(speaker, f"{here}.text", part.text, new_message=k == 0)
                 else:
                     yield _picture(speaker, f"{here}.image_url.url", part, new_message=k == 0)
@@ -96,12 +97,12 @@ def _mode(body: ChatRequest) -> Mode | None:
     return body.mode
 
 
-def _choice(index: int, answer: Answer) -> schema.Choice:
+def _choice(index: int, answer: Answer) -> replies.Choice:
     pictures = enumerate(answer.pictures)
-    message = schema.AnswerMessage(
+    message = replies.AnswerMessage(
         content=answer.text, images=[_image(k, picture) for k, picture in pictures]
     )
-    return schema.Choice(index=index, message=message, finish_reason=_finish_reason(answer))
+    return replies.Choice(index=index, message=message, finish_reason=_finish_reason(answer))
 
 
 def _image(index: int, picture: Picture) -> AnswerImage:
@@ -113,10 +114,10 @@ def _finish_reason(answer: Answer) -> Any:
     return "length" if answer.job.outcome == "length" and not answer.stopped else "stop"
 
 
-def _usage(answers: Sequence[Answer]) -> schema.ChatUsage:
+def _usage(answers: Sequence[Answer]) -> replies.ChatUsage:
     n_in = len(answers[0].job.request.token_ids)
     n_out = sum(answer.n_tokens for answer in answers)
-    return schema.ChatUsage(prompt_tokens=n_in, completion_tokens=n_out, total_tokens=n_in + n_out)
+    return replies.ChatUsage(prompt_tokens=n_in, completion_tokens=n_out, total_tokens=n_in + n_out)
 
 
 async def _lines(

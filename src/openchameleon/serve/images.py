@@ -11,17 +11,17 @@ from starlette.responses import Response as HTTPResponse
 
 from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
-from openchameleon.serve import schema
+from openchameleon.serve import replies
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.prompts import Given, read_prompt, seeded
-from openchameleon.serve.schema import ImagesRequest
+from openchameleon.serve.requests import ImagesRequest
 from openchameleon.serve.service import Service, seed_for
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/images/generations", response_model=schema.Pictures)
+@router.post("/v1/images/generations", response_model=replies.Pictures)
 async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
     """`n` pictures of the model's own size, as base64 of PNG."""
     service: Service = http.app.state.service
@@ -34,14 +34,14 @@ async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
     answers = [service.submit(request) for request in requests]
     await service.collect(http, answers)
     n_in, n_out = len(requests[0].token_ids), sum(answer.n_tokens for answer in answers)
-    pictures = schema.Pictures(
+    pictures = replies.Pictures(
         created=int(time.time()),
-        data=[schema.PictureData(b64_json=p.png) for a in answers for p in a.pictures],
+        data=[replies.PictureData(b64_json=p.png) for a in answers for p in a.pictures],
         size=size,
         seed=seed,
-        usage=schema.PictureUsage(
+        usage=replies.PictureUsage(
             input_tokens=n_in,
-            input_tokens_details=schema.PromptDetails(text_tokens=n_in),
+            input_tokens_details=replies.PromptDetails(text_tokens=n_in),
             output_tokens=n_out,
             total_tokens=n_in + n_out,
         ),

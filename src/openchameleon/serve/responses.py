@@ -26,13 +26,14 @@ from starlette.responses import Response as HTTPResponse
 from openchameleon.inference.params import Mode
 from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
-from openchameleon.serve import schema
+from openchameleon.serve import replies
 from openchameleon.serve.answer import Answer, Begun, Partial, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.pictures import Source
 from openchameleon.serve.prompts import Given, read_prompt
-from openchameleon.serve.schema import MessageItem, PictureItem, ResponsesRequest, TextPart
+from openchameleon.serve.replies import MessageItem, PictureItem, TextPart
+from openchameleon.serve.requests import InputImage, InputPicture, ResponsesRequest, ToolChoice
 from openchameleon.serve.service import Service, failure_of, seed_for
 from openchameleon.serve.sse import EventStream, event
 from openchameleon.tokenizer.mixed import TextDelta
@@ -42,7 +43,7 @@ router = APIRouter(route_class=StrictRoute)
 Event = dict[str, Any]
 
 
-@router.post("/v1/responses", response_model=schema.Response)
+@router.post("/v1/responses", response_model=replies.Response)
 async def create(body: ResponsesRequest, http: HTTPRequest) -> HTTPResponse:
     """One answer of text and pictures, whole or (`stream`) as server-sent events."""
     service: Service = http.app.state.service
@@ -69,7 +70,7 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
         return
     for i, item in enumerate(body.input):
         where = f"input[{i}]"
-        if isinstance(item, schema.InputPicture):
+        if isinstance(item, InputPicture):
             param = f"{where}.result"
             yield Given("assistant", param, Source(param, base64=item.result))
             continue
@@ -79,7 +80,7 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
             continue
         for k, part in enumerate(item.content):
             here = f"{where}.content[{k}]"
-            if isinstance(part, schema.InputImage):
+            if isinstance(part, InputImage):
                 param = f"{here}.image_url"
                 yield Given(role, param, Source(param, part.image_url), new_message=k == 0)
             else:
@@ -95,7 +96,7 @@ def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> tuple[Reque
 def _mode(body: ResponsesRequest) -> Mode | None:
     if body.mode is None and body.tool_choice == "none":
         return "text"
-    if body.mode is None and isinstance(body.tool_choice, schema.ToolChoice):
+    if body.mode is None and isinstance(body.tool_choice, ToolChoice):
         return "image"
     return body.mode
 
@@ -125,7 +126,7 @@ class Draft:
         self._n_events = 0
         self._n_partial = 0
         self._open: MessageItem | PictureItem | None = None
-        self.response = schema.Response(
+        self.response = replies.Response(
             id=f"resp_{answer.job.id}",
             created_at=int(time.time()),
             status="in_progress",
@@ -170,15 +171,15 @@ class Draft:
         cut = job.outcome == "length"
         events = self._close_text("incomplete" if cut or error else "completed")
         n_in, n_out = len(job.request.token_ids), self.answer.n_tokens
-        response.usage = schema.ResponseUsage(
+        response.usage = replies.ResponseUsage(
             input_tokens=n_in, output_tokens=n_out, total_tokens=n_in + n_out
         )
         if error is not None:
             response.status = "failed"
-            response.error = schema.ResponseError(code=error.code, message=error.message)
+            response.error = replies.ResponseError(code=error.code, message=error.message)
         elif cut:
             response.status = "incomplete"
-            response.incomplete_details = schema.IncompleteDetails(reason="max_output_tokens")
+            response.incomplete_details = replies.IncompleteDetails(reason="max_output_tokens")
         else:
             response.status = "completed"
         return [*events, self._whole(f"response.{response.status}")]

@@ -1,4 +1,4 @@
-"""The JSON of requests and answers: OpenAI's shapes, with a few fields of our own.
+"""The JSON of requests: OpenAI's shapes, with a few fields of our own.
 
 A field that is unknown is refused. Of OpenAI's fields that mean nothing here, those that change no
 answer are accepted and ignored (`Ignored`), and the others are refused unless they ask for nothing
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from openchameleon.inference.params import Mode
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from openchameleon.pipeline import Wishes
 
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
-Mode = Literal["interleaved", "text", "image"]
 NOTHING: tuple[Any, ...] = (None, False, [], {}, 0, "")
 
 
@@ -80,7 +80,7 @@ class StreamOptions(Body):
     include_obfuscation: Ignored = None
 
 
-# --- /v1/responses: requests
+# --- /v1/responses
 
 
 class InputText(Body):
@@ -202,7 +202,7 @@ class ResponsesRequest(Sampling):
     reasoning: Ignored = None
 
 
-# --- /v1/chat/completions: requests
+# --- /v1/chat/completions
 
 
 class ChatText(Body):
@@ -270,7 +270,7 @@ class ChatRequest(Sampling):
     verbosity: Ignored = None
 
 
-# --- /v1/images/generations: requests
+# --- /v1/images/generations
 
 
 class ImagesRequest(Sampling):
@@ -291,175 +291,3 @@ class ImagesRequest(Sampling):
     background: Ignored = None
     moderation: Ignored = None
     output_compression: Ignored = None
-
-
-# --- /v1/responses: answers
-
-
-class TextPart(BaseModel):
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: list[Any] = []
-    logprobs: list[Any] = []
-
-
-class MessageItem(BaseModel):
-    type: Literal["message"] = "message"
-    id: str
-    role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
-    content: list[TextPart]
-
-
-class PictureItem(BaseModel):
-    """A picture: base64 of a PNG in `result`."""
-
-    type: Literal["image_generation_call"] = "image_generation_call"
-    id: str
-    status: Literal["in_progress", "generating", "completed", "failed"]
-    result: str | None
-    output_format: Literal["png"] = "png"
-    size: str
-
-
-class InputDetails(BaseModel):
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-
-
-class OutputDetails(BaseModel):
-    reasoning_tokens: int = 0
-
-
-class ResponseUsage(BaseModel):
-    input_tokens: int
-    input_tokens_details: InputDetails = InputDetails()
-    output_tokens: int
-    output_tokens_details: OutputDetails = OutputDetails()
-    total_tokens: int
-
-
-class ResponseError(BaseModel):
-    code: str
-    message: str
-
-
-class IncompleteDetails(BaseModel):
-    reason: Literal["max_output_tokens"]
-
-
-class Response(BaseModel):
-    """An answer: messages and pictures in `output`, in the order in which they were written.
-
-    seed: with the same request, gives the same answer again. warnings: what was not read.
-    """
-
-    id: str
-    object: Literal["response"] = "response"
-    created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
-    model: str
-    output: list[MessageItem | PictureItem] = []
-    error: ResponseError | None = None
-    incomplete_details: IncompleteDetails | None = None
-    usage: ResponseUsage | None = None
-    seed: int
-    warnings: list[str] = []
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    metadata: dict[str, str] = {}
-    parallel_tool_calls: bool = False
-    tool_choice: Literal["auto", "none", "required"] = "auto"
-    tools: list[Any] = []
-
-
-# --- /v1/chat/completions and /v1/images/generations: answers
-
-
-class AnswerUrl(BaseModel):
-    url: str
-
-
-class AnswerImage(BaseModel):
-    """A picture as a data: URL; `index` counts the pictures of one answer."""
-
-    type: Literal["image_url"] = "image_url"
-    image_url: AnswerUrl
-    index: int
-
-
-class AnswerMessage(BaseModel):
-    """`images` where there are any; only a stream says where they stand in the text."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-    images: list[AnswerImage] = []
-
-
-class Choice(BaseModel):
-    index: int
-    message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
-    logprobs: None = None
-
-
-class ChatUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: ChatUsage
-    seed: int
-    warnings: list[str] = []
-
-
-class PictureData(BaseModel):
-    b64_json: str
-
-
-class PromptDetails(BaseModel):
-    text_tokens: int
-    image_tokens: int = 0
-
-
-class PictureUsage(BaseModel):
-    input_tokens: int
-    input_tokens_details: PromptDetails
-    output_tokens: int
-    total_tokens: int
-
-
-class Pictures(BaseModel):
-    created: int
-    data: list[PictureData]
-    output_format: Literal["png"] = "png"
-    size: str
-    seed: int
-    usage: PictureUsage
-
-
-# --- everywhere
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-    request_id: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is not 2xx."""
-
-    error: ErrorDetail

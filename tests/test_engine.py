@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -533,3 +534,12 @@ def test_weights_that_change_between_requests_are_noticed() -> None:
     after = engine.generate([request])
     assert after == Engine(model, VOCAB).generate([request])
     assert after != before
+
+
+def test_threads_share_an_engine_and_get_their_own_answers(alone: list[Completion]) -> None:
+    engine = Engine(MODEL, VOCAB, block_size=4)
+    requests = mixed_requests()
+    with ThreadPoolExecutor(4) as pool:
+        got = [c for (c,) in pool.map(lambda r: engine.generate([r]), requests)]
+    assert_same(requests, got, alone)
+    assert engine.blocks.n_held == 0

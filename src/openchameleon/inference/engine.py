@@ -8,8 +8,9 @@ read to its end; finished sequences leave).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Generator, Iterable
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -27,15 +28,17 @@ from openchameleon.inference.sequence import Completion, FinishReason, Request, 
 from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import Vocab
 
+MAX_BATCH, BLOCK_SIZE = 64, 16
 MEMORY_SHARE = 0.5
 """Of the memory that is free when an engine is made, what its cache may grow to by default."""
 
 
 class Engine:
-    """Generates with a model whose dropout is off; for one thread.
+    """Generates with a model whose dropout is off.
 
     `add` lets a request in, each `step` moves all of them on, `abort` takes one out at any time;
-    `generate` and `stream` are loops over these, and may run beside each other.
+    `generate` and `stream` are loops over these, and may run beside each other, in threads too:
+    a step moves on everybody's requests.
     max_batch: streams read at a time (a guided sequence has up to three). max_prefill: positions
     of prompts read in a step. cache_tokens: positions of all streams that are held at most; None
     is what max_batch rows need, or as much of it as there is memory for. lookahead: codes of a
@@ -46,9 +49,9 @@ class Engine:
         self,
         model: Transformer,
         vocab: Vocab,
-        max_batch: int = 64,
+        max_batch: int = MAX_BATCH,
         max_prefill: int = 2048,
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         cache_tokens: int | None = None,
         lookahead: int = 16,
     ) -> None:
@@ -65,7 +68,8 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_batch, max_prefill)
         pool = KVPool(model.config.n_layers, self.blocks.n_blocks, block_size)
         self.runner = Runner(model, pool, vocab.pad_id)
-        self._n_arrived, self._weights = 0, weights_of(model)
+        self._arrivals, self._weights = count(), weights_of(model)
+        self._lock = threading.RLock()
 
     @property
     def busy(self) -> bool:
@@ -78,32 +82,35 @@ class Engine:
         The sequence that comes back may be finished already, where no id fits.
         """
         sequence = self._sequence(request)
-        if self._weights != (now := weights_of(self.model)):
-            self.blocks.forget()  # trained on in between: what was read holds no longer
-            self.runner.renew()
-            self._weights = now
-        if sequence.finish_reason is None:
-            self.scheduler.add(sequence)
+        with self._lock:
+            if self._weights != (now := weights_of(self.model)):
+                self.blocks.forget()  # trained on in between: what was read holds no longer
+                self.runner.renew()
+                self._weights = now
+            if sequence.finish_reason is None:
+                self.scheduler.add(sequence)
         return sequence
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """Moves on what is under way. The sequences that got an id or came to their end."""
-        reads = self.scheduler.schedule()
-        self.runner.read(reads)
-        for stream, _ in reads:
-            self.blocks.publish(stream)
-        ready = [s for s in self.scheduler.running if s.is_read]
-        by_range = sorted(ready, key=lambda s: s.drawing_from)
-        for _, group in groupby(by_range, key=lambda s: s.drawing_from):
-            self._advance(list(group))
-        return ready
+        with self._lock:
+            reads = self.scheduler.schedule()
+            self.runner.read(reads)
+            for stream, _ in reads:
+                self.blocks.publish(stream)
+            ready = [s for s in self.scheduler.running if s.is_read]
+            by_range = sorted(ready, key=lambda s: s.drawing_from)
+            for _, group in groupby(by_range, key=lambda s: s.drawing_from):
+                self._advance(list(group))
+            return ready
 
     def abort(self, sequence: Sequence) -> None:
         """Takes a sequence out, its blocks at once free for others; a finished one stays so."""
-        if sequence.finish_reason is None:
-            self.scheduler.remove(sequence)
-            sequence.finish_reason = "aborted"
+        with self._lock:
+            if sequence.finish_reason is None:
+                self.scheduler.remove(sequence)
+                sequence.finish_reason = "aborted"
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """One completion per request, in order. UserError for a prompt that cannot be answered."""
@@ -142,8 +149,7 @@ class Engine:
             raise ValueError("the model's dropout is on; call model.eval() first")
         room = room_for(request, self.model.config.max_seq_len)
         state = self.table.start(request.token_ids, request.params, room)
-        self._n_arrived += 1
-        sequence = Sequence(request.params, list(request.token_ids), state, self._n_arrived)
+        sequence = Sequence(request.params, list(request.token_ids), state, next(self._arrivals))
         sequence.guidance = self._guidance_of(sequence)  # the prompt may end inside an item
         n_blocks = sequence.max_rows * self.blocks.n_for(len(request.token_ids) + room)
         if n_blocks > self.blocks.n_blocks:

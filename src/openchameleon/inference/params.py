@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Literal
 
 Mode = Literal["interleaved", "text", "image"]
+
+
+def new_seed() -> int:
+    """A seed that nobody chose, short enough to be typed again."""
+    return random.SystemRandom().randrange(2**31)
 
 
 def _require(ok: bool, name: str, value: object, legal: str) -> None:

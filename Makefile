@@ -22,7 +22,7 @@ check:   ## format, lint, types, direction of imports
 	@$(BIN)/python tools/check_imports.py
 
 bench:   ## speed: one JSON line a measurement
-	@tools/setup.sh core
+	@tools/setup.sh dev
 	@for script in $(filter-out bench/common.py,$(wildcard bench/*.py)); do \
 	  $(BIN)/python $$script --out bench/results.jsonl || exit 1; \
 	done

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from stability import KNEE, RESULTS, VARIANTS, read_results
+from stability import KNEE, RESULTS, SHORT, VARIANTS, read_results
 
 from openchameleon.train.monitor import LEVELS, Alarm
 
@@ -39,15 +39,9 @@ TITLES = {
 
 def main() -> None:
     runs = kept_runs()
-    figures = {
-        "rates": rates,
-        "curves": curves,
-        "remedies": remedies,
-        "signs": signs,
-        "longer": longer,
-    }
-    for name, draw in figures.items():
-        draw(runs).savefig(RESULTS.with_name(f"{name}.png"), dpi=110)
+    drawings = (rates, curves, remedies, signs, longer)
+    for draw in drawings:
+        draw(runs).savefig(RESULTS.with_name(f"{draw.__name__}.png"), dpi=110)
     print(table(runs), sensitivities(runs), sep="\n\n")
 
 
@@ -133,7 +127,7 @@ def remedies(runs: list[Run]) -> Figure:
 
 def signs(runs: list[Run]) -> Figure:
     """Each run as a point: what was measured at half of it, and the loss that it ended with."""
-    mixed = [r for r in runs if r["code_loss"] and "long" not in r["variant"]]
+    mixed = [r for r in runs if r["code_loss"] and r["variant"] in SHORT]
     best = min(r["text_loss"] for r in mixed)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(
@@ -161,7 +155,7 @@ def longer(runs: list[Run]) -> Figure:
     figure.suptitle("Six times the steps: with QK-norm (blue) and without (red), at two rates")
     keys = ("text_loss", "code_loss", "attention_logit_max", "output_norm")
     for axes, key in zip(figure.subplots(2, 2).flat, keys, strict=True):
-        for run in (r for r in runs if "long" in r["variant"]):
+        for run in (r for r in runs if r["variant"] not in SHORT):
             color = RED if "no QK-norm" in run["variant"] else BLUE
             style = "-" if run["lr"] == 0.01 else ":"
             label = f"{run['variant'].removesuffix(', long')}, rate {run['lr']:g}"

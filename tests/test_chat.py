@@ -379,8 +379,6 @@ def take_terminal() -> None:
 
 
 def test_on_a_terminal_ctrl_c_stops_an_answer_clears_a_line_and_ends(tmp_path: Path) -> None:
-    if "nano" not in pipeline.embedded_models():
-        pytest.skip("there is no embedded model")
     screen = Screen("--seed", "1", "--no-preview", "--history", str(tmp_path / "typed"))
     try:
         screen.wait_for("Ctrl-D ends.")

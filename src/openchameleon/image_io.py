@@ -6,6 +6,7 @@ pixel is decoded, and half a picture is refused instead of being filled with bla
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import warnings
@@ -92,6 +93,13 @@ def square(
     if floor:
         size = (picture.width * side // shorter, picture.height * side // shorter)
     return _centre_crop(picture.resize(size, PIL.Image.Resampling.LANCZOS), side, side)
+
+
+def png_base64(picture: PIL.Image.Image) -> str:
+    """A picture's PNG file in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _centre_crop(picture: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:

@@ -50,6 +50,11 @@ from openchameleon.tokenizer.mixed import Event, MixedTokenizer, StreamDecoder
 from openchameleon.tokenizer.text import load_text_tokenizer
 from openchameleon.vocab import Vocab
 
+NOT_FINITE = (
+    "The model computed numbers that are not finite: its weights are damaged, or the dtype is too"
+    " narrow for them."
+)
+
 Prompt = str | Document | Conversation
 """What a model continues: one user turn (text alone, or text and pictures), or a conversation."""
 
@@ -348,10 +353,7 @@ def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:
 
 def _require_finite(reason: FinishReason) -> None:
     if reason == "nonfinite_logits":
-        raise UserError(
-            "The model computed numbers that are not finite: its weights are damaged, or the dtype"
-            " is too narrow for them."
-        )
+        raise UserError(NOT_FINITE)
 
 
 def _record(prompt: Prompt, raw: bool) -> Document | Conversation:

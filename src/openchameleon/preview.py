@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TextIO
+
+from openchameleon.image_io import png_base64
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -75,7 +75,7 @@ def _colour_of_256(rgb: tuple[int, int, int]) -> str:
 
 def _kitty(pil: PIL.Image.Image, columns: int) -> str:
     """Kitty's graphics protocol: the PNG in base64, in chunks of at most 4096 characters."""
-    data = _png_base64(pil)
+    data = png_base64(pil)
     chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]
     out = []
     for i, chunk in enumerate(chunks):
@@ -86,10 +86,4 @@ def _kitty(pil: PIL.Image.Image, columns: int) -> str:
 
 def _iterm(pil: PIL.Image.Image, columns: int) -> str:
     """iTerm2's inline images protocol."""
-    return f"\x1b]1337;File=inline=1;width={columns}:{_png_base64(pil)}\x07\n"
-
-
-def _png_base64(pil: PIL.Image.Image) -> str:
-    buffer = io.BytesIO()
-    pil.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return f"\x1b]1337;File=inline=1;width={columns}:{png_base64(pil)}\x07\n"

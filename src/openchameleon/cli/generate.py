@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from openchameleon.cli.output import make_folder, numbered_pictures
 from openchameleon.cli.segments import read_segments
 from openchameleon.cli.wishes import add_wishes, read_wishes
 from openchameleon.errors import UserError
+from openchameleon.inference.params import new_seed
 
 if TYPE_CHECKING:
     from openchameleon.document import Document
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     document = read_segments(options.segments)
     stale = [] if options.out is None else _prepare(options.out, options.force)
     if wishes["seed"] is None:
-        wishes["seed"] = random.SystemRandom().randrange(2**31)
+        wishes["seed"] = new_seed()
     from openchameleon.serve.parallel import with_model
 
     def answer(chameleon: Chameleon) -> int:

@@ -5,7 +5,6 @@ Knows nothing of how turns are typed.
 
 from __future__ import annotations
 
-import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from openchameleon.cli.answer import Answer, Pictures, to_markdown
 from openchameleon.document import Conversation, Document, Message, Role
 from openchameleon.errors import UserError
+from openchameleon.inference.params import new_seed
 
 if TYPE_CHECKING:
     from openchameleon.pipeline import Chameleon, Wishes
@@ -67,7 +67,7 @@ class Session:
                 self.pictures.add(pil)
         self.seed = self.wishes.get("seed")
         if self.seed is None:
-            self.seed = random.SystemRandom().randrange(2**31)
+            self.seed = new_seed()
         wishes: Wishes = {**self.wishes, "seed": self.seed}
         answer = Answer(self.pictures, self.quiet, self.previews)
         with Interrupt() as interrupt:

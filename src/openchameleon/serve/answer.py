@@ -7,8 +7,6 @@ waits for them.
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
@@ -18,6 +16,7 @@ from math import ceil
 import numpy as np
 import PIL.Image
 
+from openchameleon.image_io import png_base64
 from openchameleon.serve.metrics import Metrics
 from openchameleon.serve.worker import Job
 from openchameleon.tokenizer.mixed import (
@@ -222,9 +221,3 @@ def partial_picture(tokenizer: MixedTokenizer, codes: list[int]) -> PIL.Image.Im
     alpha = (255 * written).astype(np.uint8).repeat(patch, 0).repeat(patch, 1)
     pil.putalpha(PIL.Image.fromarray(alpha))
     return pil
-
-
-def png_base64(pil: PIL.Image.Image) -> str:
-    buffer = io.BytesIO()
-    pil.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

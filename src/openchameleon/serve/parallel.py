@@ -9,7 +9,6 @@ to the others when the next step begins.
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,13 @@ from torch import Tensor, nn
 
 from openchameleon.checkpoints.convert import open_checkpoint
 from openchameleon.errors import UserError
-from openchameleon.inference.engine import Engine, default_cache_tokens
+from openchameleon.inference.engine import (
+    BLOCK_SIZE,
+    MAX_BATCH,
+    Engine,
+    default_cache_tokens,
+)
+from openchameleon.inference.params import new_seed
 from openchameleon.inference.sequence import Request, Sequence
 from openchameleon.model.transformer import Transformer
 from openchameleon.model_folder import FolderConfig, find_model, named_dtype
@@ -38,7 +43,6 @@ from openchameleon.train.parallel import (
 COLUMNS, ROWS = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
 """The matrices that are divided: by what they write, and by what they read."""
 FOR_EVER = timedelta(days=3650)
-MAX_BATCH, BLOCK_SIZE = 64, 16
 
 
 def with_model(
@@ -85,7 +89,7 @@ def _in_world(
         config, model = load_part(name_or_folder, world, dtype, allow_pickle)
         orders = Orders(world)
         n_tokens = orders.least(default_cache_tokens(model, MAX_BATCH, BLOCK_SIZE))
-        sizes = {"max_batch": MAX_BATCH, "block_size": BLOCK_SIZE, "cache_tokens": n_tokens}
+        sizes = {"cache_tokens": n_tokens}
         if not world.is_main:
             follow(Engine(model, config.vocab, **sizes), orders)
             return 0
@@ -197,9 +201,10 @@ class Orders:
 
 
 class LeadingEngine(Engine):
-    """The first process's engine. A step that fails cannot be taken again: the others wait in it.
+    """The first process's engine, for one thread.
 
-    After that everything but `abort` raises RuntimeError, and the program has to be started anew.
+    A step that fails cannot be taken again: the others wait in it. After that everything but
+    `abort` raises RuntimeError, and the program has to be started anew.
     """
 
     def __init__(self, orders: Orders, *arguments: Any, **sizes: Any) -> None:
@@ -214,8 +219,7 @@ class LeadingEngine(Engine):
     def add(self, request: Request) -> Sequence:
         self._require_order()
         if request.params.seed is None:  # all must draw alike
-            seed = random.SystemRandom().randrange(2**63)
-            request = replace(request, params=replace(request.params, seed=seed))
+            request = replace(request, params=replace(request.params, seed=new_seed()))
         sequence = super().add(request)
         self._acts.append(Request(list(request.token_ids), request.params))
         self._numbers[sequence] = self._n_added

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,8 +18,9 @@ from fastapi import Request as HTTPRequest
 
 from openchameleon.errors import UserError
 from openchameleon.inference.engine import Engine
+from openchameleon.inference.params import new_seed
 from openchameleon.inference.sequence import Request
-from openchameleon.pipeline import Chameleon, PromptTooLong
+from openchameleon.pipeline import NOT_FINITE, Chameleon, PromptTooLong
 from openchameleon.serve.answer import Answer
 from openchameleon.serve.errors import ApiError, unavailable
 from openchameleon.serve.metrics import Metrics
@@ -28,6 +28,7 @@ from openchameleon.serve.worker import Job, Worker
 
 T = TypeVar("T")
 RETRY_AFTER = 2  # seconds
+ENDING = "The server is ending; send the request to another, or again soon."
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Service:
     def enter(self) -> None:
         """Lets a request in, until `leave`. ApiError 429 where it is full, 503 where closed."""
         if self.draining:
-            raise unavailable("The server is ending; send the request to another, or again soon.")
+            raise unavailable(ENDING)
         _ = self.chameleon
         if not self.worker.ready:
             raise unavailable("The engine is being restarted; try again soon.")
@@ -210,19 +211,15 @@ def failure_of(job: Job) -> ApiError | None:
     if job.outcome == "refused":
         return ApiError(400, "invalid_request", job.refusal)
     if job.outcome == "nonfinite_logits":
-        return ApiError(
-            500, "nonfinite_logits",
-            "The model computed numbers that are not finite: its weights are damaged, or the dtype"
-            " is too narrow for them.",
-        )  # fmt: skip
+        return ApiError(500, "nonfinite_logits", NOT_FINITE)
     if job.outcome == "crashed":
         return ApiError(500, "server_error", f"The engine failed on answer {job.id}; it is being"
                         " restarted: try again.")  # fmt: skip
     if job.outcome == "stopped":
-        return unavailable("The server is ending; send the request to another, or again soon.")
+        return unavailable(ENDING)
     return None
 
 
 def seed_for(seed: int | None) -> int:
     """The seed asked for, or a new one: so that every answer can be had again."""
-    return random.SystemRandom().randrange(2**31) if seed is None else seed
+    return new_seed() if seed is None else seed

@@ -5,9 +5,11 @@
    its table. Rows may be neighbours in one stream: all keys are written before any is read.
 
    Decoding is bound by the bytes of the weights, so each weight is read once for all rows, in the
-   form it is stored in (float32, bfloat16, int8 with a scale a row) and is widened in registers.
-   Arithmetic is float32. Each number is summed in one order, whatever R and the threads are: a row
-   has the same bits alone and among others.
+   form it is stored in (float32, bfloat16, int8 with a scale a row), while those after it are on
+   their way from memory. It is widened where it is used: bfloat16 to float32; int8 to int16, for
+   products in whole numbers with activations that are rounded to int16, half a step in 32767 of the
+   largest of 512. All else is float32. Each number is summed in one order, whatever R and the
+   threads are: a row has the same bits alone and among others.
 
    Vectors are the extension that GCC and Clang share, so that one source serves AVX-512, AVX2 and
    NEON. Inside the parallel region all threads run the same code; each loop marked `omp for` is
@@ -17,7 +19,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -26,26 +28,35 @@
 #include <omp.h>
 #else
 static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
 #endif
 
-#if defined(__AVX512F__)
+/* TALL rows of weights by WIDE rows of activations: as many sums as registers hold with room left.
+   WIDEST: for weights that are widened anew for each pass over them, which pays for a tight fit. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
-#define WIDE 6
+#define WIDE 4
+#define WIDEST 4
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LANES 8
-#define WIDE 3
+#define WIDE 2
+#define WIDEST 3
 #elif defined(__aarch64__)
 #define LANES 4
-#define WIDE 6
+#define WIDE 4
+#define WIDEST 4
 #else
 #define LANES 4
-#define WIDE 3
+#define WIDE 2
+#define WIDEST 3
 #endif
-#define TALL 4 /* TALL weight rows by WIDE activation rows: as many sums as fit the registers */
-#define CHUNK 16 /* weight rows that a thread takes at a time */
-#define SHORT_ROW 4096 /* bytes */
+#define TALL 4
+#define MANY 12   /* rows of activations from which on bfloat16 weights are widened once for all */
+#define CHUNK 16  /* rows of weights that a thread takes at a time */
+#define SPAN 512  /* columns that stay in the cache for all passes, and share a step of rounding */
+#define LINE 64   /* bytes that are fetched together */
 
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, BFLOAT16, INT8, INT16 }; /* weights are stored in the first three */
 
 #define INLINE static inline __attribute__((always_inline))
 #define BARRIER _Pragma("omp barrier")
@@ -64,7 +75,8 @@ typedef float four __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES))); /* twice as many */
+typedef int8_t bytes __attribute__((vector_size(2 * LANES)));
 
 /* The structs are mirrored in step.py. */
 
@@ -99,9 +111,18 @@ typedef struct {
     float *const *keys, *const *values; /* a layer: (n_blocks, block_size, n_kv_heads, head_dim) */
 } Batch;
 
+/* Activations as products read them: for int8 weights rounded too, see `round_row`. */
+typedef struct {
+    int64_t n, cols;
+    const float *x;   /* (n, cols) */
+    int16_t *rounded; /* (n, padded(cols)) */
+    float *steps;     /* (n, n_spans(cols)) */
+} Rows;
+
 /* What the threads share during a step, and one area for each of them. */
 typedef struct {
-    float *x, *normed, *branch, *q, *k, *v, *attended, *gate, *up;
+    float *x, *normed, *branch, *q, *k, *v, *attended, *gate, *up, *steps;
+    int16_t *rounded;
     float *own;
     int64_t own_size;
 } Scratch;
@@ -132,38 +153,56 @@ INLINE vec multiply_add(vec a, vec b, vec c) {
 /* LANES weights from element i on, as float32. `kind` is a constant wherever this is inlined.
    Compilers widen small integers badly, so that their instructions are named where known. */
 INLINE vec widen(const int kind, const void *data, int64_t i) {
-    const uint16_t *half = (const uint16_t *)data + i;
-    const int8_t *byte = (const int8_t *)data + i;
     if (kind == FLOAT32) return load((const float *)data + i);
+    const uint16_t *half = (const uint16_t *)data + i;
 #if LANES == 16
-    if (kind == INT8)
-        return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)byte)));
     return (vec)_mm512_slli_epi32(
         _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)half)), 16);
 #elif LANES == 8
-    if (kind == INT8)
-        return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)byte)));
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)half)), 16);
 #else
     halves h;
-    bytes b;
-    if (kind == INT8) {
-        memcpy(&b, byte, sizeof b);
-        return __builtin_convertvector(__builtin_convertvector(b, ints), vec);
-    }
     memcpy(&h, half, sizeof h);
     return (vec)(__builtin_convertvector(h, words) << 16);
 #endif
 }
 
-INLINE float widen_one(const int kind, const void *data, int64_t i) {
-    if (kind == BFLOAT16) {
-        uint32_t word = (uint32_t)((const uint16_t *)data)[i] << 16;
-        float f;
-        memcpy(&f, &word, sizeof f);
-        return f;
-    }
-    return kind == INT8 ? (float)((const int8_t *)data)[i] : ((const float *)data)[i];
+INLINE shorts load_shorts(const void *p) {
+    shorts s;
+    memcpy(&s, p, sizeof s);
+    return s;
+}
+
+INLINE void store_shorts(void *p, shorts s) { memcpy(p, &s, sizeof s); }
+
+/* 2 * LANES weights as int16. */
+INLINE shorts widen_whole(const int kind, const void *data) {
+    if (kind == INT16) return load_shorts(data);
+#if LANES == 16
+    return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256(data));
+#elif LANES == 8
+    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128(data));
+#else
+    bytes b;
+    memcpy(&b, data, sizeof b);
+    return __builtin_convertvector(b, shorts);
+#endif
+}
+
+/* sum + a * b, two neighbours' products to each element. */
+INLINE ints add_products(shorts a, shorts b, ints sum) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif LANES == 16
+    return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    const ints left = ((ints)a << 16) >> 16, right = ((ints)b << 16) >> 16;
+    return sum + left * right + ((ints)a >> 16) * ((ints)b >> 16);
+#endif
 }
 
 /* Up to LANES numbers; zeros for the rest. */
@@ -225,120 +264,251 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 
 /* ---- products with weights ---- */
 
-/* y[j][i] = scale[i] * (row i of w) . (row j of x) for `tall` rows of w from `first` on and `wide`
-   rows of x. Both counts are constants wherever this is inlined: the sums stay in registers.
-   ahead: fetch the next tile too. The hardware foresees long rows by itself, but not short ones. */
-INLINE void tile(const int kind, const int tall, const int wide, const int ahead, const Matrix *w,
-                 int64_t first, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-    vec sum[TALL][WIDE] = {{{0}}};
-    const int64_t base = first * w->stride, size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
-    const char *next = (const char *)w->data + (base + tall * w->stride) * size;
+/* Some rows of w, from `first` on, and where their products with the rows of `in` go. */
+typedef struct {
+    const Matrix *w;
+    int64_t first;
+    const Rows *in;
+    float *y; /* of row i of these and row j of `in`: y[j * y_stride + i] */
+    int64_t y_stride;
+    float *sums;      /* (n, TALL, LANES) */
+    void *own;        /* a span of these weights, widened: (TALL, SPAN) */
+    const char *next; /* what to fetch while these are computed with: the weights after them */
+    int64_t step;     /* bytes of it for each vector of a pass */
+} Strip;
+
+static int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+static int64_t n_spans(int64_t cols) { return (cols + SPAN - 1) / SPAN; }
+static int64_t strip_floats(int64_t n) { return TALL * (SPAN + n * LANES); }
+INLINE int64_t size_of(const int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+
+/* The weights of a strip from column `first` on as a kind: in their place, or as they were kept. */
+INLINE const char *weights_of(const int kind, const Strip *s, int64_t first) {
+    if (kind != s->w->kind) return s->own;
+    return (const char *)s->w->data + (s->first * s->w->stride + first) * size_of(kind);
+}
+
+INLINE int64_t stride_of(const int kind, const Strip *s) {
+    return kind == s->w->kind ? s->w->stride : SPAN;
+}
+
+/* `bytes` from `from` on, fewer than a vector has, and zeros after them. */
+INLINE const char *rest_of(const char *from, int64_t bytes, char room[4 * LANES]) {
+    memset(room, 0, 4 * LANES);
+    return memcpy(room, from, bytes);
+}
+
+INLINE void fetch(const char *next, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i);
+}
+
+/* Adds to the sums of `tall` rows of weights of a kind and `wide` rows of activations, from row j
+   on, what columns first .. first + n - 1 give. Both counts are constants wherever this is inlined:
+   the sums stay in registers. keep: the weights stay in s->own, widened, for passes to come. */
+INLINE void pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
+                 int64_t j, int64_t first, int64_t n) {
+    const char *w = weights_of(kind, s, first), *next = s->next;
+    const int64_t stride = stride_of(kind, s), x_stride = s->in->cols, size = size_of(kind);
+    const int64_t step = s->step, ahead = kind == s->w->kind ? TALL * LANES * size : 1;
+    const float *x = s->in->x + j * x_stride + first;
+    float *own = s->own, *sums = s->sums + j * TALL * LANES;
+    vec sum[TALL][WIDEST] = {{{0}}}, in[WIDEST];
+    if (first)
+        for (int r = 0; r < wide; r++)
+            for (int i = 0; i < tall; i++) sum[i][r] = load(sums + (r * TALL + i) * LANES);
     int64_t k = 0;
-    for (; k + LANES <= w->cols; k += LANES, next += tall * LANES * size) {
-        if (ahead)
-            for (int i = 0; i < tall * LANES * size; i += 64) __builtin_prefetch(next + i);
-        vec in[WIDE];
-        for (int j = 0; j < wide; j++) in[j] = load(x + j * x_stride + k);
-        for (int j = 0; j < wide; j++) HOLD(in[j]);
+    for (; k + LANES <= n; k += LANES, next += step) {
+        fetch(next, ahead);
+        for (int r = 0; r < wide; r++) in[r] = load(x + r * x_stride + k);
+        for (int r = 0; r < wide; r++) HOLD(in[r]);
         for (int i = 0; i < tall; i++) {
-            vec weights = widen(kind, w->data, base + i * w->stride + k);
+            vec weights = widen(kind, w, i * stride + k);
             HOLD(weights);
-            for (int j = 0; j < wide; j++) sum[i][j] = multiply_add(weights, in[j], sum[i][j]);
+            if (keep) store(own + i * SPAN + k, weights);
+            for (int r = 0; r < wide; r++) sum[i][r] = multiply_add(weights, in[r], sum[i][r]);
         }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < wide; j++) {
-        four sums = {0}, scale;
-        if (tall == 1) sums[0] = total(sum[0][j]);
-        else sums = four_totals(sum[0][j], sum[1][j], sum[2][j], sum[3][j]);
-        if (tall == TALL && k == w->cols) { /* nothing is left over: the usual case */
-            if (w->scale) {
-                memcpy(&scale, w->scale + first, sizeof scale);
-                sums *= scale;
-            }
-            memcpy(y + j * y_stride, &sums, sizeof sums);
-            continue;
-        }
-        for (int i = 0; i < tall; i++) {
-            float s = sums[i];
-            for (int64_t t = k; t < w->cols; t++)
-                s += widen_one(kind, w->data, base + i * w->stride + t) * x[j * x_stride + t];
-            y[j * y_stride + i] = w->scale ? s * w->scale[first + i] : s;
-        }
+    for (int i = 0; i < tall && k < n; i++) {
+        char room[4 * LANES];
+        vec weights = widen(kind, rest_of(w + (i * stride + k) * size, (n - k) * size, room), 0);
+        if (keep) store(own + i * SPAN + k, weights);
+        for (int r = 0; r < wide; r++)
+            sum[i][r] = multiply_add(weights, load_some(x + r * x_stride + k, n - k), sum[i][r]);
     }
+    for (int r = 0; r < wide; r++)
+        for (int i = 0; i < tall; i++) store(sums + (r * TALL + i) * LANES, sum[i][r]);
+    s->next = next;
 }
 
-INLINE void strip(const int kind, const int wide, const int ahead, const Matrix *w, int64_t first,
-                  int64_t stop, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-    int64_t i = first;
-    for (; i + TALL <= stop; i += TALL, y += TALL)
-        tile(kind, TALL, wide, ahead, w, i, x, x_stride, y, y_stride);
-    for (; i < stop; i++, y++) tile(kind, 1, wide, 0, w, i, x, x_stride, y, y_stride);
-}
-
-/* y (n, stop - first) = x (n, cols) times rows first .. stop-1 of w, for n of any size. */
-INLINE void strips(const int kind, const Matrix *w, int64_t first, int64_t stop, const float *x,
-                   int64_t x_stride, int64_t n, float *y, int64_t y_stride) {
-    const int64_t row_bytes = w->cols * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
-    int ahead = w->stride == w->cols && row_bytes <= SHORT_ROW;
-    for (; n > 0; n -= WIDE, x += WIDE * x_stride, y += WIDE * y_stride, ahead = 0)
-        switch (n < WIDE ? n : WIDE) {
-        case 1: strip(kind, 1, ahead, w, first, stop, x, x_stride, y, y_stride); break;
-        case 2: strip(kind, 2, ahead, w, first, stop, x, x_stride, y, y_stride); break;
-#if WIDE > 3
-        case 3: strip(kind, 3, ahead, w, first, stop, x, x_stride, y, y_stride); break;
-        case 4: strip(kind, 4, ahead, w, first, stop, x, x_stride, y, y_stride); break;
-        case 5: strip(kind, 5, ahead, w, first, stop, x, x_stride, y, y_stride); break;
-#endif
-        default: strip(kind, WIDE, ahead, w, first, stop, x, x_stride, y, y_stride);
-        }
-}
-
-/* Row i of w as float32, unscaled. */
-INLINE void widen_row(const int kind, const Matrix *w, int64_t i, float *out) {
+/* The same of int8 or int16 weights and of rounded activations: exact in the span. */
+INLINE void whole_pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
+                       int64_t j, int64_t first, int64_t n) {
+    const char *w = weights_of(kind, s, first), *next = s->next;
+    const int64_t stride = stride_of(kind, s), cols = s->in->cols, x_stride = padded(cols);
+    const int64_t size = size_of(kind), step = s->step;
+    const int16_t *x = s->in->rounded + j * x_stride + first;
+    const float *steps = s->in->steps + j * n_spans(cols) + first / SPAN;
+    int16_t *own = s->own;
+    ints sum[TALL][WIDEST] = {{{0}}};
+    shorts in[WIDEST];
     int64_t k = 0;
-    const int64_t base = i * w->stride;
-    for (; k + LANES <= w->cols; k += LANES) store(out + k, widen(kind, w->data, base + k));
-    for (; k < w->cols; k++) out[k] = widen_one(kind, w->data, base + k);
+    for (; k + 2 * LANES <= n; k += 2 * LANES, next += step) {
+        fetch(next, 1);
+        for (int r = 0; r < wide; r++) in[r] = load_shorts(x + r * x_stride + k);
+        for (int r = 0; r < wide; r++) HOLD(in[r]);
+        for (int i = 0; i < tall; i++) {
+            shorts weights = widen_whole(kind, w + (i * stride + k) * size);
+            HOLD(weights);
+            if (keep) store_shorts(own + i * SPAN + k, weights);
+            for (int r = 0; r < wide; r++) sum[i][r] = add_products(weights, in[r], sum[i][r]);
+        }
+    }
+    for (int i = 0; i < tall && k < n; i++) {
+        char room[4 * LANES];
+        const char *rest = rest_of(w + (i * stride + k) * size, (n - k) * size, room);
+        shorts weights = widen_whole(kind, rest);
+        if (keep) store_shorts(own + i * SPAN + k, weights);
+        for (int r = 0; r < wide; r++)
+            sum[i][r] = add_products(weights, load_shorts(x + r * x_stride + k), sum[i][r]);
+    }
+    for (int r = 0; r < wide; r++)
+        for (int i = 0; i < tall; i++) {
+            float *sums = s->sums + ((j + r) * TALL + i) * LANES;
+            vec v = __builtin_convertvector(sum[i][r], vec) * steps[r * n_spans(cols)];
+            store(sums, first ? load(sums) + v : v);
+        }
+    s->next = next;
 }
 
-/* Rows first .. stop-1 of w times n activations, with `own` to hold CHUNK rows as float32. */
-static void product(const Matrix *w, int64_t first, int64_t stop, const float *x, int64_t n,
-                    float *y, int64_t y_stride, float *own) {
-    Matrix widened;
-    if (w->kind != FLOAT32 && n > 4 * WIDE) { /* used so often that they are widened once */
-        for (int64_t i = first; i < stop; i++)
-            if (w->kind == INT8) widen_row(INT8, w, i, own + (i - first) * w->cols);
-            else widen_row(BFLOAT16, w, i, own + (i - first) * w->cols);
-        const float *scale = w->scale ? w->scale + first : 0;
-        widened = (Matrix){FLOAT32, stop - first, w->cols, w->cols, own, scale};
-        w = &widened, stop -= first, first = 0;
+INLINE void any_pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
+                     int64_t j, int64_t first, int64_t n) {
+    if (kind == INT8 || kind == INT16) whole_pass(kind, tall, wide, keep, s, j, first, n);
+    else pass(kind, tall, wide, keep, s, j, first, n);
+}
+
+/* Passes for all rows of activations from row j on. */
+INLINE void passes(const int kind, const int tall, Strip *s, int64_t j, int64_t first, int64_t n) {
+    const int64_t width = kind == BFLOAT16 ? WIDEST : WIDE;
+    for (; j < s->in->n; j += width)
+        switch (s->in->n - j < width ? s->in->n - j : width) {
+        case 1: any_pass(kind, tall, 1, 0, s, j, first, n); break;
+        case 2: any_pass(kind, tall, 2, 0, s, j, first, n); break;
+#if WIDEST > 2
+        case 3: any_pass(kind, tall, 3, 0, s, j, first, n); break;
+#endif
+#if WIDEST > 3
+        default: any_pass(kind, tall, 4, 0, s, j, first, n);
+#endif
+        }
+}
+
+/* y = scale * the totals of the sums, for row j of the activations. */
+INLINE void put(const int tall, const Strip *s, int64_t j) {
+    float *y = s->y + j * s->y_stride, *sums = s->sums + j * TALL * LANES;
+    const float *scale = s->w->scale ? s->w->scale + s->first : 0;
+    if (tall == 1) {
+        *y = total(load(sums)) * (scale ? *scale : 1.0f);
+        return;
     }
+    four scales, t = four_totals(load(sums), load(sums + LANES), load(sums + 2 * LANES),
+                                 load(sums + 3 * LANES));
+    if (scale) {
+        memcpy(&scales, scale, sizeof scales);
+        t *= scales;
+    }
+    memcpy(y, &t, sizeof t);
+}
+
+INLINE void strip(const int kind, const int tall, Strip *s) {
+    const int64_t cols = s->in->cols;
+    for (int64_t first = 0; first < cols; first += SPAN) {
+        const int64_t n = cols - first < SPAN ? cols - first : SPAN;
+        if (kind == INT8 && s->in->n > WIDE) {
+            any_pass(INT8, tall, WIDE, 1, s, 0, first, n);
+            passes(INT16, tall, s, WIDE, first, n);
+        } else if (kind == BFLOAT16 && s->in->n > MANY) {
+            any_pass(BFLOAT16, tall, WIDE, 1, s, 0, first, n);
+            passes(FLOAT32, tall, s, WIDE, first, n);
+        } else passes(kind, tall, s, 0, first, n);
+    }
+    for (int64_t j = 0; j < s->in->n; j++) put(tall, s, j);
+}
+
+INLINE void strips(const int kind, const Matrix *w, int64_t first, int64_t stop, const Rows *in,
+                   float *y, int64_t y_stride, float *own) {
+    const int64_t row_bytes = w->stride * size_of(kind), n_passes = (in->n - 1) / WIDE + 1;
+    const int64_t step = TALL * LANES * (kind == INT8 ? 2 : size_of(kind)) / n_passes;
+    Strip s = {w, first, in, y, y_stride, own, own + in->n * TALL * LANES, w->data, 0};
+    if (w->stride == w->cols) s.step = step;
+    for (; s.first + TALL <= stop; s.first += TALL, s.y += TALL) {
+        s.next = (const char *)w->data + (s.first + TALL) * row_bytes;
+        strip(kind, TALL, &s);
+    }
+    for (s.step = 0; s.first < stop; s.first++, s.y++) strip(kind, 1, &s);
+}
+
+/* y (n, stop - first) = x (n, cols) times rows first .. stop-1 of w; `own` of `strip_floats`. */
+static void product(const Matrix *w, int64_t first, int64_t stop, const Rows *in, float *y,
+                    int64_t y_stride, float *own) {
     switch (w->kind) {
-    case FLOAT32: strips(FLOAT32, w, first, stop, x, w->cols, n, y, y_stride); break;
-    case BFLOAT16: strips(BFLOAT16, w, first, stop, x, w->cols, n, y, y_stride); break;
-    default: strips(INT8, w, first, stop, x, w->cols, n, y, y_stride);
+    case FLOAT32: strips(FLOAT32, w, first, stop, in, y, y_stride, own); break;
+    case BFLOAT16: strips(BFLOAT16, w, first, stop, in, y, y_stride, own); break;
+    default: strips(INT8, w, first, stop, in, y, y_stride, own);
     }
+}
+
+/* Rounds a row to int16, each span of it to steps of its own: the largest number is 32767 steps.
+   A span with a number that is not finite has such a step. */
+static void round_row(const float *x, int64_t cols, int16_t *rounded, float *steps) {
+    const float nearest = 12582912.0f; /* added to a number, its low bits are the nearest integer */
+    memset(rounded, 0, padded(cols) * sizeof *rounded);
+    for (int64_t first = 0; first < cols; first += SPAN, x += SPAN, rounded += SPAN) {
+        const int64_t n = cols - first < SPAN ? cols - first : SPAN;
+        vec most = {0}, zero = {0};
+        for (int64_t k = 0; k < n; k += LANES) {
+            const vec v = load_some(x + k, n - k), size = (vec)((ints)v & 0x7fffffff);
+            const ints more = size > most;
+            most = (vec)(((ints)size & more) | ((ints)most & ~more));
+            zero += v * 0.0f; /* NaN for what is not finite */
+        }
+        float largest = 0;
+        for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        const float factor = largest > 1e-30f ? 32767 / largest : 0;
+        *steps++ = largest / 32767 + total(zero);
+        for (int64_t k = 0; k < n; k += LANES) {
+            const vec shifted = load_some(x + k, n - k) * factor + nearest;
+            const halves low = __builtin_convertvector((words)shifted & 0xffff, halves);
+            memcpy(rounded + k, &low, (n - k < LANES ? n - k : LANES) * sizeof *rounded);
+        }
+    }
+}
+
+/* Makes rows ready for products with weights of a kind. */
+static void share_rounding(const Rows *in, int64_t kind) {
+    if (kind != INT8) return;
+#pragma omp for
+    for (int64_t j = 0; j < in->n; j++)
+        round_row(in->x + j * in->cols, in->cols, in->rounded + j * padded(in->cols),
+                  in->steps + j * n_spans(in->cols));
 }
 
 /* y (n, stop - first) = x (n, cols) times rows first .. stop-1 of w. No barrier at its end. */
-static void share_product(const Matrix *w, int64_t first, int64_t stop, const float *x, int64_t n,
-                          float *y, float *own) {
+static void share_product(const Matrix *w, int64_t first, int64_t stop, const Rows *in, float *y,
+                          float *own) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = first; i < stop; i += CHUNK)
-        product(w, i, i + CHUNK < stop ? i + CHUNK : stop, x, n, y + i - first, stop - first, own);
+        product(w, i, i + CHUNK < stop ? i + CHUNK : stop, in, y + i - first, stop - first, own);
 }
 
 /* gate (n, ffn_dim) = silu(w1 x) * w3 x; `up` is room for the second factor. */
-static void share_swiglu(const Layer *l, const float *x, int64_t n, float *gate, float *up,
-                         float *own) {
+static void share_swiglu(const Layer *l, const Rows *in, float *gate, float *up, float *own) {
     const int64_t width = l->w1.rows;
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < width; i += CHUNK) {
         const int64_t stop = i + CHUNK < width ? i + CHUNK : width;
-        product(&l->w1, i, stop, x, n, gate + i, width, own);
-        product(&l->w3, i, stop, x, n, up + i, width, own);
-        for (int64_t j = 0; j < n; j++)
+        product(&l->w1, i, stop, in, gate + i, width, own);
+        product(&l->w3, i, stop, in, up + i, width, own);
+        for (int64_t j = 0; j < in->n; j++)
             for (int64_t k = i; k < stop; k += LANES) {
                 const int64_t left = stop - k, at = j * width + k;
                 vec a = load_some(gate + at, left);
@@ -429,25 +599,44 @@ static void blend(const float *weights, const float *values, int64_t stride, int
         for (int64_t i = 0; i < n; i++) out[j] += weights[i] * values[i * stride + j];
 }
 
-/* Attention of the queries of KV head `kv` of row r to all positions up to its own. */
-static void attend(const Model *m, const Batch *b, int64_t layer, int64_t r, int64_t kv,
-                   const Scratch *s, float *scores) {
+/* Fetches part i of n of a block: all n heads of some of its slots. */
+INLINE void fetch_slots(const float *block, int64_t size, int64_t stride, int64_t i, int64_t n,
+                        int64_t d) {
+    for (int64_t at = size * i / n; at < size * (i + 1) / n; at++)
+        fetch((const char *)(block + at * stride), n * d * sizeof *block);
+}
+
+/* Attention of the queries of KV heads first .. stop-1 of row r to all positions up to its own.
+   Blocks are read in the order in which they lie in memory: all heads of one, then the next. */
+static void attend(const Model *m, const Batch *b, int64_t layer, int64_t r, int64_t first,
+                   int64_t stop, const Scratch *s, float *scores) {
     const int64_t d = m->head_dim, group = m->n_heads / m->n_kv_heads, stride = m->n_kv_heads * d;
-    const int64_t n = b->positions[r] + 1, head = r * m->n_heads + kv * group;
-    for (int64_t p = 0; p < n; p += b->block_size) {
-        const int64_t slots = n - p < b->block_size ? n - p : b->block_size;
-        const float *first = slot(m, b, b->keys[layer], r, p) + kv * d;
-        const Matrix keys = {FLOAT32, slots, d, stride, first, 0};
-        strips(FLOAT32, &keys, 0, slots, s->q + head * d, d, group, scores + p, n);
+    const int64_t n = b->positions[r] + 1, size = b->block_size, n_queries = (stop - first) * group;
+    const float *q = s->q + (r * m->n_heads + first * group) * d;
+    float *out = s->attended + (r * m->n_heads + first * group) * d, *own = scores + n_queries * n;
+    for (int64_t p = 0; p < n; p += size) {
+        const int64_t slots = n - p < size ? n - p : size;
+        const int64_t after = p + size < n ? p + size : p;
+        const float *block = slot(m, b, b->keys[layer], r, p) + first * d;
+        const float *next = slot(m, b, b->keys[layer], r, after) + first * d;
+        for (int64_t i = 0; i < stop - first; i++) {
+            const Matrix keys = {FLOAT32, slots, d, stride, block + i * d, 0};
+            const Rows queries = {group, d, q + i * group * d, 0, 0};
+            fetch_slots(next, size, stride, i, stop - first, d);
+            strips(FLOAT32, &keys, 0, slots, &queries, scores + i * group * n + p, n, own);
+        }
     }
-    float *out = s->attended + head * d;
-    memset(out, 0, group * d * sizeof *out);
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * n, n, 1.0f / sqrtf((float)d));
-    for (int64_t p = 0; p < n; p += b->block_size) {
-        const int64_t slots = n - p < b->block_size ? n - p : b->block_size;
-        const float *values = slot(m, b, b->values[layer], r, p) + kv * d;
-        for (int64_t g = 0; g < group; g++)
-            blend(scores + g * n + p, values, stride, slots, d, out + g * d);
+    for (int64_t i = 0; i < n_queries; i++) softmax(scores + i * n, n, 1.0f / sqrtf((float)d));
+    memset(out, 0, n_queries * d * sizeof *out);
+    for (int64_t p = 0; p < n; p += size) {
+        const int64_t slots = n - p < size ? n - p : size;
+        const int64_t after = p + size < n ? p + size : p;
+        const float *block = slot(m, b, b->values[layer], r, p) + first * d;
+        const float *next = slot(m, b, b->values[layer], r, after) + first * d;
+        for (int64_t i = 0; i < n_queries; i++) {
+            if (i % group == 0) fetch_slots(next, size, stride, i / group, stop - first, d);
+            blend(scores + i * n + p, block + i / group * d, stride, slots, d, out + i * d);
+        }
     }
 }
 
@@ -466,24 +655,32 @@ static void share_residual(const Model *m, const Batch *b, const float *norm, co
 static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scratch *s) {
     const Layer *l = m->layers + layer;
     const int64_t n = b->n_rows, n_tasks = n * m->n_kv_heads;
-    const float *in = m->norm_input ? s->normed : s->x;
+    const int64_t n_parts = n < omp_get_num_threads() ? m->n_kv_heads : 1;
+    const Rows in = {n, m->dim, m->norm_input ? s->normed : s->x, s->rounded, s->steps};
+    const Rows attended = {n, l->wo.cols, s->attended, s->rounded, s->steps};
+    const Rows gate = {n, m->ffn_dim, s->gate, s->rounded, s->steps};
     float *own = s->own + omp_get_thread_num() * s->own_size;
-    share_product(&l->wq, 0, l->wq.rows, in, n, s->q, own);
-    share_product(&l->wk, 0, l->wk.rows, in, n, s->k, own);
-    share_product(&l->wv, 0, l->wv.rows, in, n, s->v, own);
+    share_rounding(&in, l->wq.kind);
+    share_product(&l->wq, 0, l->wq.rows, &in, s->q, own);
+    share_product(&l->wk, 0, l->wk.rows, &in, s->k, own);
+    share_product(&l->wv, 0, l->wv.rows, &in, s->v, own);
     BARRIER
 #pragma omp for
     for (int64_t i = 0; i < n_tasks; i++)
         place(m, l, b, layer, i / m->n_kv_heads, i % m->n_kv_heads, s);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < n_tasks; i++)
-        attend(m, b, layer, i / m->n_kv_heads, i % m->n_kv_heads, s, own);
-    share_product(&l->wo, 0, m->dim, s->attended, n, s->branch, own);
+    for (int64_t i = 0; i < n * n_parts; i++)
+        attend(m, b, layer, i / n_parts, i % n_parts * m->n_kv_heads / n_parts,
+               (i % n_parts + 1) * m->n_kv_heads / n_parts, s, own);
+    share_rounding(&attended, l->wo.kind);
+    share_product(&l->wo, 0, m->dim, &attended, s->branch, own);
     BARRIER
     share_residual(m, b, m->norm_input ? l->ffn_norm : l->attention_norm, s);
-    share_swiglu(l, in, n, s->gate, s->up, own);
+    share_rounding(&in, l->w1.kind);
+    share_swiglu(l, &in, s->gate, s->up, own);
     BARRIER
-    share_product(&l->w2, 0, m->dim, s->gate, n, s->branch, own);
+    share_rounding(&gate, l->w2.kind);
+    share_product(&l->w2, 0, m->dim, &gate, s->branch, own);
     BARRIER
     const float *next = layer + 1 < m->n_layers ? l[1].attention_norm : m->norm;
     share_residual(m, b, m->norm_input ? next : l->ffn_norm, s);
@@ -491,22 +688,23 @@ static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scr
 
 /* ---- what is called from outside ---- */
 
-static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
 /* Cuts the shared areas out of `memory`, unless it is NULL; returns the floats that they take. */
 static int64_t cut(const Model *m, int64_t n, int64_t n_threads, float *memory, Scratch *s) {
     const int64_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
-    const int64_t widest = m->ffn_dim > m->dim ? m->ffn_dim : m->dim;
-    const int64_t scores = m->n_heads / m->n_kv_heads * m->n_positions;
+    int64_t widest = m->ffn_dim > m->dim ? m->ffn_dim : m->dim;
+    if (q > widest) widest = q;
+    const int64_t scores = m->n_heads * m->n_positions, group = m->n_heads / m->n_kv_heads;
     const int64_t sizes[] = {n * m->dim, n * m->dim, n * m->dim, n * q, n * kv, n * kv, n * q,
-                             n * m->ffn_dim, n * m->ffn_dim};
+                             n * m->ffn_dim, n * m->ffn_dim, n * n_spans(widest)};
     float **areas[] = {&s->x, &s->normed, &s->branch, &s->q, &s->k, &s->v, &s->attended,
-                       &s->gate, &s->up};
+                       &s->gate, &s->up, &s->steps};
     int64_t used = 0;
-    for (int i = 0; i < 9; used += padded(sizes[i++]))
+    for (int i = 0; i < 10; used += padded(sizes[i++]))
         if (memory) *areas[i] = memory + used;
+    s->rounded = memory ? (int16_t *)(memory + used) : 0;
+    used += padded(n * padded(widest) / 2);
     s->own = memory ? memory + used : 0;
-    s->own_size = padded(scores > CHUNK * widest ? scores : CHUNK * widest);
+    s->own_size = padded(scores + strip_floats(n > group ? n : group));
     return used + n_threads * s->own_size;
 }
 
@@ -524,8 +722,9 @@ int64_t hidden_floats(const Model *m, int64_t n_rows, int64_t n_threads) {
     return cut(m, n_rows, n_threads, 0, &s);
 }
 
-int64_t logits_floats(const Matrix *head, int64_t n_threads) {
-    return n_threads * CHUNK * head->cols;
+int64_t logits_floats(const Matrix *head, int64_t n_rows, int64_t n_threads) {
+    return padded(n_rows * n_spans(head->cols)) + n_rows * padded(head->cols) / 2 +
+           n_threads * strip_floats(n_rows);
 }
 
 /* The first row whose id, position or table is outside its range, or -1. */
@@ -542,6 +741,18 @@ static int64_t misplaced(const Model *m, const Batch *b) {
     return -1;
 }
 
+/* The embedding of an id as float32. */
+static void embed(const Matrix *table, int64_t id, float *x) {
+    const uint16_t *half = (const uint16_t *)table->data + id * table->stride;
+    if (table->kind == FLOAT32)
+        memcpy(x, (const float *)table->data + id * table->stride, table->cols * sizeof *x);
+    else
+        for (int64_t i = 0; i < table->cols; i++) {
+            const uint32_t word = (uint32_t)half[i] << 16;
+            memcpy(x + i, &word, sizeof word);
+        }
+}
+
 /* hidden (n_rows, dim), after the final norm; `memory` of `hidden_floats`. Returns `misplaced`. */
 int64_t step_hidden(const Model *m, const Batch *b, float *memory, float *hidden, int n_threads) {
     Scratch s;
@@ -553,8 +764,7 @@ int64_t step_hidden(const Model *m, const Batch *b, float *memory, float *hidden
 #pragma omp for
         for (int64_t r = 0; r < b->n_rows; r++) {
             float *x = s.x + r * m->dim;
-            if (m->embedding.kind == BFLOAT16) widen_row(BFLOAT16, &m->embedding, b->ids[r], x);
-            else widen_row(FLOAT32, &m->embedding, b->ids[r], x);
+            embed(&m->embedding, b->ids[r], x);
             if (m->norm_input)
                 rms_norm(x, m->layers->attention_norm, m->dim, m->norm_eps, s.normed + r * m->dim);
         }
@@ -572,7 +782,12 @@ int64_t step_hidden(const Model *m, const Batch *b, float *memory, float *hidden
 /* logits (n, stop - first) of hidden (n, dim); `memory` of `logits_floats`. */
 void step_logits(const Matrix *head, int64_t first, int64_t stop, const float *hidden, int64_t n,
                  float *memory, float *logits, int n_threads) {
+    const int64_t n_steps = padded(n * n_spans(head->cols)), width = padded(head->cols);
+    const Rows in = {n, head->cols, hidden, (int16_t *)(memory + n_steps), memory};
+    float *own = memory + n_steps + n * width / 2;
 #pragma omp parallel num_threads(n_threads)
-    share_product(head, first, stop, hidden, n, logits,
-                  memory + omp_get_thread_num() * CHUNK * head->cols);
+    {
+        share_rounding(&in, head->kind);
+        share_product(head, first, stop, &in, logits, own + omp_get_thread_num() * strip_floats(n));
+    }
 }

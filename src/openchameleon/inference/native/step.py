@@ -69,7 +69,7 @@ class Batch(Structure):
 FUNCTIONS: dict[str, list[Any]] = {  # what it returns, what it is given
     "has_openmp": [c_int],
     "hidden_floats": [c_int64, POINTER(Model), c_int64, c_int64],
-    "logits_floats": [c_int64, POINTER(Matrix), c_int64],
+    "logits_floats": [c_int64, POINTER(Matrix), c_int64, c_int64],
     "step_hidden": [c_int64, POINTER(Model), POINTER(Batch), c_void_p, c_void_p, c_int],
     "step_logits": [
         None, POINTER(Matrix), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int
@@ -184,7 +184,7 @@ class NativeStep:
         n_threads = torch.get_num_threads()
         self.lib.step_logits(
             byref(self.head), first, stop, hidden.data_ptr(), len(hidden),
-            self._memory(self.lib.logits_floats(byref(self.head), n_threads)),
+            self._memory(self.lib.logits_floats(byref(self.head), len(hidden), n_threads)),
             out.data_ptr(), n_threads,
         )  # fmt: skip
         return out

@@ -290,18 +290,46 @@ def words(tiny: Chameleon, n_tokens: int) -> str:
     return text
 
 
-def test_a_prompt_one_token_too_long_is_refused_with_both_numbers(
-    server: Running, tiny: Chameleon
-) -> None:
-    """The context of 64 holds the answer too, of which there must be one token."""
+def test_a_prompt_that_leaves_one_token_gets_that_one(server: Running, tiny: Chameleon) -> None:
+    """The context of 64 holds the answer too."""
     status, _, answer = server.ask("POST", RESPONSES, {"input": words(tiny, 63), "temperature": 0})
     assert status == 200
     assert answer["usage"]["input_tokens"] == 63
     assert answer["usage"]["total_tokens"] == 64
-    body: dict[str, Any] = {"input": words(tiny, 64)}
-    error = refused(server, 400, "context_length_exceeded", body)
-    assert "takes 64 tokens and the model holds 64" in error["message"]
-    assert error["param"] == "input"
+
+
+def test_a_prompt_that_fills_the_context_gets_an_empty_answer(
+    server: Running, tiny: Chameleon
+) -> None:
+    full = words(tiny, 64)
+    _, _, answer = server.ask("POST", RESPONSES, {"input": full})
+    assert (answer["status"], answer["output"]) == ("incomplete", [])
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert (answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]) == (64, 0)
+    _, _, events = server.ask("POST", RESPONSES, {"input": full, "stream": True})
+    assert events.rstrip().rsplit("\n\n", 1)[-1].startswith("event: response.incomplete")
+    messages = [{"role": "user", "content": full}]
+    _, _, answer = server.ask("POST", CHAT, {"messages": messages, "n": 2, "guidance": 2})
+    assert [c["finish_reason"] for c in answer["choices"]] == ["length", "length"]
+    assert [c["message"]["content"] for c in answer["choices"]] == ["", ""]
+    assert answer["usage"]["total_tokens"] == 64
+    _, _, events = server.ask("POST", CHAT, {"messages": messages, "stream": True})
+    assert '"finish_reason":"length"' in events
+    picture = refused(server, 400, "context_length_exceeded", {"prompt": full}, IMAGES)
+    assert "64 tokens" in picture["message"]
+
+
+def test_a_prompt_one_token_too_long_is_refused_with_both_numbers(
+    server: Running, tiny: Chameleon
+) -> None:
+    long = words(tiny, 65)
+    messages = [{"role": "user", "content": long}]
+    for path, param, said in ((RESPONSES, "input", long), (CHAT, "messages", messages)):
+        for stream in (False, True):
+            body = {param: said, "stream": stream}
+            error = refused(server, 400, "context_length_exceeded", body, path)
+            assert "takes 65 tokens and the model holds 64" in error["message"]
+            assert error["param"] == param
 
 
 def test_text_of_megabytes_is_refused_before_it_is_encoded(

@@ -228,17 +228,20 @@ class Chameleon:
         *,
         raw: bool = False,
         params: SamplingParams | None = None,
+        least_room: int = 1,
         **wishes: Unpack[Wishes],
     ) -> Request:
         """What `engine.add` takes, for those who step the engine themselves.
 
-        Arguments and errors as of `generate`; a prompt that is too long is a `PromptTooLong`.
+        least_room: tokens of the context that must be left for the answer; 0 lets a prompt in
+        that fills it, whose answer is empty. Other arguments and errors as of `generate`; a prompt
+        that is too long is a `PromptTooLong`.
         """
         sampling = _sampling(params or self.config.sampling, wishes)
         mode = self._allowed(sampling.mode)
         ids = self.tokenizer.render_prompt(_record(prompt, raw))
         context = self.config.model.max_seq_len
-        if len(ids) >= context:
+        if len(ids) + least_room > context:
             raise PromptTooLong(
                 f"The prompt is too long: it takes {len(ids)} tokens and the model holds {context},"
                 " its answer included; shorten it or leave pictures out."

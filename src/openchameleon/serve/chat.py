@@ -87,8 +87,8 @@ def _requests(body: ChatRequest, seed: int, model: Chameleon) -> tuple[list[Requ
     prompt = read_prompt(parts_of(body.messages), model, "messages")
     max_tokens = body.max_completion_tokens or body.max_tokens
     wishes = body.wishes(_mode(body), seed, max_tokens)
-    requests = seeded(model.request(prompt.conversation, **wishes), body.n or 1)
-    return requests, prompt.warnings
+    request = model.request(prompt.conversation, least_room=0, **wishes)
+    return seeded(request, body.n or 1), prompt.warnings
 
 
 def _mode(body: ChatRequest) -> Mode | None:

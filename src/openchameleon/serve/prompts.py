@@ -104,7 +104,7 @@ def _refuse_too_much(parts: list[Given], model: Chameleon, param: str) -> None:
     at_least = n_chars // limits.MAX_CHARS_PER_TOKEN
     if pictures and model.tokenizer.image is not None:
         at_least += len(pictures) * model.config.vocab.image.item_len
-    if at_least >= context:
+    if at_least > context:
         raise ApiError(400, "context_length_exceeded",
                        f"The prompt is too long: it takes over {at_least} tokens and the model"
                        f" holds {context}, its answer included; shorten it.", param)  # fmt: skip

@@ -90,7 +90,8 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
 def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> tuple[Request, list[str]]:
     prompt = read_prompt(parts_of(body), model, "input")
     wishes = body.wishes(_mode(body), seed, body.max_output_tokens)
-    return model.request(prompt.conversation, **wishes), prompt.warnings
+    request = model.request(prompt.conversation, least_room=0, **wishes)
+    return request, prompt.warnings
 
 
 def _mode(body: ResponsesRequest) -> Mode | None:

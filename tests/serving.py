@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +90,18 @@ def serving(
             running.end()
             running.end()
         running.join()
+
+
+def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], int]:
+    """The program in a process of its own, and its port."""
+    command = [sys.executable, "-m", "openchameleon.cli.main", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    return process, int(line.rsplit(":", 1)[1] if line else 0)
 
 
 def until(true: Callable[[], Any], seconds: float = PATIENCE) -> None:

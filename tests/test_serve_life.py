@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import Running, serving, until
+from serving import Running, serving, start, until
 
 from openchameleon import Chameleon
 from openchameleon.cli.main import main
@@ -555,18 +553,6 @@ def test_a_stream_that_is_cut_by_the_end_gets_an_error_event(
             assert whole.result()[0] == 503
         engines[0].let(10**6)
         running.join()
-
-
-def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], int]:
-    """The program, and its port."""
-    command = [sys.executable, "-m", "openchameleon.cli.main", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | environment,
-    )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    return process, int(line.rsplit(":", 1)[1] if line else 0)
 
 
 def get(port: int, path: str) -> int:

@@ -22,7 +22,8 @@ from serving import Running, serving
 from openchameleon import Chameleon, Document, Image
 from openchameleon.serve import app as app_module
 from openchameleon.serve import limits
-from openchameleon.serve.pictures import Source, read_pictures
+from openchameleon.serve.decoding import Decoders
+from openchameleon.serve.pictures import Decode, Source, read_pictures
 
 RESPONSES, CHAT, IMAGES = "/v1/responses", "/v1/chat/completions", "/v1/images/generations"
 
@@ -36,6 +37,14 @@ def tiny(model_folder: Path) -> Chameleon:
 def server(tiny: Chameleon) -> Iterator[Running]:
     with serving(lambda: tiny, name="tiny") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def decode() -> Iterator[Decode]:
+    """Reads a picture as the server does, in another process."""
+    decoders = Decoders(1)
+    yield decoders.decode
+    decoders.close()
 
 
 def file_of(picture: PIL.Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -411,13 +420,13 @@ def test_a_png_with_missing_rows_is_refused(server: Running) -> None:
     assert "rows" in error["message"]
 
 
-def test_a_bomb_takes_neither_memory_nor_time() -> None:
+def test_a_bomb_takes_neither_memory_nor_time(decode: Decode) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = _peak()
     for size in (12000, 60000):
         start = time.perf_counter()
         with pytest.raises(Exception, match="million pixels"):
-            read_pictures([Source("x", url_of(png_header(size, size)))])
+            read_pictures([Source("x", url_of(png_header(size, size)))], decode)
         assert time.perf_counter() - start < 0.05
     assert _peak() - before < 20 << 10
 
@@ -428,7 +437,7 @@ def _peak() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def test_pictures_are_counted_over_the_whole_request(server: Running) -> None:
+def test_pictures_are_counted_over_the_whole_request(server: Running, decode: Decode) -> None:
     error = refused(server, 400, "too_many_images", with_pictures(*[url_of(PNG)] * 200))
     assert "200 pictures" in error["message"]
     turns = []
@@ -438,13 +447,13 @@ def test_pictures_are_counted_over_the_whole_request(server: Running) -> None:
     refused(server, 400, "too_many_images", {"input": turns[:-1]})
     large = url_of(file_of(PIL.Image.new("L", (4000, 4000))))
     with pytest.raises(Exception, match="32 million pixels together"):
-        read_pictures([Source("x", large)] * 3)
+        read_pictures([Source("x", large)] * 3, decode)
     twenty = [{"type": "image_generation_call", "result": url_of(PNG).split(",")[1]}] * 20
     given_back = [{"role": "user", "content": "a"}, *twenty, {"role": "user", "content": "b"}]
     refused(server, 400, "context_length_exceeded", {"input": given_back})
 
 
-def test_pictures_of_every_kind_become_their_true_colours() -> None:
+def test_pictures_of_every_kind_become_their_true_colours(decode: Decode) -> None:
     levels = np.full((16, 16), 40000, np.uint16)
     palette = PIL.Image.new("P", (16, 16), 1)
     palette.putpalette([255, 0, 0, 120, 130, 140])
@@ -459,7 +468,7 @@ def test_pictures_of_every_kind_become_their_true_colours() -> None:
         file_of(clear, transparency=0): (255, 255, 255),
         file_of(GREY, "WEBP", lossless=True): (120, 130, 140),
     }
-    found, warnings = read_pictures([Source("x", url_of(data)) for data in kinds])
+    found, warnings = read_pictures([Source("x", url_of(data)) for data in kinds], decode)
     assert warnings == []
     for picture, colour in zip(found, kinds.values(), strict=True):
         assert picture.mode == "RGB"
@@ -469,11 +478,12 @@ def test_pictures_of_every_kind_become_their_true_colours() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_read_and_this_is_said(
-    server: Running, tiny: Chameleon, kind: str
+    server: Running, tiny: Chameleon, kind: str, decode: Decode
 ) -> None:
     frames = [PIL.Image.new("RGB", (16, 16), (10 * i, 250, 250)) for i in range(10)]
     data = file_of(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
-    ((picture,), warnings) = read_pictures([Source("x", url_of(data, f"image/{kind.lower()}"))])
+    source = Source("x", url_of(data, f"image/{kind.lower()}"))
+    ((picture,), warnings) = read_pictures([source], decode)
     assert np.abs(np.asarray(picture, np.int32) - np.asarray((0, 250, 250))).max() <= 2
     assert warnings == ["x is animated: only its first frame was read."]
     status, _, answer = server.ask("POST", RESPONSES, with_pictures(url_of(data)))

@@ -25,7 +25,7 @@ from openchameleon.serve.answer import Answer, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.pictures import Source
-from openchameleon.serve.prompts import Given, Speaker, read_prompt, seeded
+from openchameleon.serve.prompts import Given, Prompt, Speaker, seeded
 from openchameleon.serve.replies import AnswerImage, AnswerUrl
 from openchameleon.serve.requests import ChatImage, ChatMessage, ChatRequest, ChatText
 from openchameleon.serve.service import Service, failure_of, seed_for
@@ -41,7 +41,9 @@ async def create(body: ChatRequest, http: HTTPRequest) -> HTTPResponse:
     service: Service = http.app.state.service
     service.require_model(body.model)
     seed = seed_for(body.seed)
-    requests, warnings = await service.prepare(partial(_requests, body, seed), "messages")
+    requests, warnings = await service.prepare(
+        parts_of(body.messages), partial(_requests, body, seed), "messages"
+    )
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     answers = [service.submit(request, stops=stops) for request in requests]
     head: dict[str, Any] = {
@@ -83,8 +85,9 @@ def _picture(role: Speaker, param: str, part: ChatImage, new_message: bool = Fal
     return Given(role, param, Source(param, part.image_url.url), new_message)
 
 
-def _requests(body: ChatRequest, seed: int, model: Chameleon) -> tuple[list[Request], list[str]]:
-    prompt = read_prompt(parts_of(body.messages), model, "messages")
+def _requests(
+    body: ChatRequest, seed: int, model: Chameleon, prompt: Prompt
+) -> tuple[list[Request], list[str]]:
     max_tokens = body.max_completion_tokens or body.max_tokens
     wishes = body.wishes(_mode(body), seed, max_tokens)
     request = model.request(prompt.conversation, least_room=0, **wishes)

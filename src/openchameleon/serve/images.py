@@ -14,7 +14,7 @@ from openchameleon.pipeline import Chameleon
 from openchameleon.serve import replies
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
-from openchameleon.serve.prompts import Given, read_prompt, seeded
+from openchameleon.serve.prompts import Given, Prompt, seeded
 from openchameleon.serve.requests import ImagesRequest
 from openchameleon.serve.service import Service, seed_for
 
@@ -30,7 +30,8 @@ async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
     if body.size not in (None, "auto", size):
         raise ApiError(400, "invalid_value", f"The model draws pictures of {size} only.", "size")
     seed = seed_for(body.seed)
-    requests = await service.prepare(partial(_requests, body, seed), "prompt")
+    words = [Given("user", "prompt", body.prompt)]
+    requests = await service.prepare(words, partial(_requests, body, seed), "prompt")
     answers = [service.submit(request) for request in requests]
     await service.collect(http, answers)
     n_in, n_out = len(requests[0].token_ids), sum(answer.n_tokens for answer in answers)
@@ -49,7 +50,6 @@ async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
     return Json(pictures.model_dump())
 
 
-def _requests(body: ImagesRequest, seed: int, model: Chameleon) -> list[Request]:
-    prompt = read_prompt([Given("user", "prompt", body.prompt)], model, "prompt")
+def _requests(body: ImagesRequest, seed: int, model: Chameleon, prompt: Prompt) -> list[Request]:
     request = model.request(prompt.conversation, **body.wishes("image", seed, None))
     return seeded(request, body.n or 1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import PIL.Image
 
 from openchameleon.errors import UserError
-from openchameleon.image_io import FORMATS, open_image
+from openchameleon.image_io import FORMATS
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
 
@@ -31,7 +31,13 @@ class Source:
     base64: str = ""
 
 
-def read_pictures(sources: Sequence[Source]) -> tuple[list[PIL.Image.Image], list[str]]:
+Decode = Callable[[bytes], PIL.Image.Image]
+"""A picture's file -> RGB. UserError for one that is damaged."""
+
+
+def read_pictures(
+    sources: Sequence[Source], decode: Decode
+) -> tuple[list[PIL.Image.Image], list[str]]:
     """The pictures, and a sentence for each of which only a part is read. ApiError for the rest."""
     files = [(source.param, _file(source)) for source in sources]
     total, warnings = 0, []
@@ -43,7 +49,7 @@ def read_pictures(sources: Sequence[Source]) -> tuple[list[PIL.Image.Image], lis
                              " pixels together", param)  # fmt: skip
         if animated:
             warnings.append(f"{param} is animated: only its first frame was read.")
-    return [_decoded(data, param) for param, data in files], warnings
+    return [_decoded(data, param, decode) for param, data in files], warnings
 
 
 def _file(source: Source) -> bytes:
@@ -90,9 +96,9 @@ def _header(data: bytes, param: str) -> tuple[int, bool]:
                        param) from None  # fmt: skip
 
 
-def _decoded(data: bytes, param: str) -> PIL.Image.Image:
+def _decoded(data: bytes, param: str, decode: Decode) -> PIL.Image.Image:
     try:
-        return open_image(data, limits.MAX_PIXELS, limits.MAX_BODY)
+        return decode(data)
     except UserError as error:
         raise ApiError(400, "invalid_image", str(error), param) from None
 

@@ -7,7 +7,7 @@ in this model family: what a system has to say stands before the first words of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -17,7 +17,7 @@ from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
-from openchameleon.serve.pictures import Source, read_pictures
+from openchameleon.serve.pictures import Decode, Source, read_pictures
 
 Speaker = Role | Literal["system"]
 
@@ -40,15 +40,14 @@ class Prompt:
     warnings: list[str]
 
 
-def read_prompt(given: Iterable[Given], model: Chameleon, param: str) -> Prompt:
+def read_prompt(parts: list[Given], model: Chameleon, param: str, decode: Decode) -> Prompt:
     """The turns that the parts make, with their pictures. ApiError names the part that is wrong.
 
-    param: what the whole of the parts is called.
+    param: what the whole of the parts is called. decode: reads a picture's file.
     """
-    parts = list(given)
     _refuse_too_much(parts, model, param)
     sources = [part.content for part in parts if isinstance(part.content, Source)]
-    pictures, warnings = read_pictures(sources)
+    pictures, warnings = read_pictures(sources, decode)
     pixels = iter(pictures)
     segments: list[tuple[Given, Segment]] = [
         (part, Text(part.content) if isinstance(part.content, str) else Image(next(pixels)))

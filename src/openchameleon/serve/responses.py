@@ -31,7 +31,7 @@ from openchameleon.serve.answer import Answer, Begun, Partial, Picture, Piece
 from openchameleon.serve.errors import ApiError, Json
 from openchameleon.serve.limits import StrictRoute
 from openchameleon.serve.pictures import Source
-from openchameleon.serve.prompts import Given, read_prompt
+from openchameleon.serve.prompts import Given, Prompt
 from openchameleon.serve.replies import MessageItem, PictureItem, TextPart
 from openchameleon.serve.requests import InputImage, InputPicture, ResponsesRequest, ToolChoice
 from openchameleon.serve.service import Service, failure_of, seed_for
@@ -49,7 +49,9 @@ async def create(body: ResponsesRequest, http: HTTPRequest) -> HTTPResponse:
     service: Service = http.app.state.service
     service.require_model(body.model)
     seed = seed_for(body.seed)
-    request, warnings = await service.prepare(partial(_request, body, seed), "input")
+    request, warnings = await service.prepare(
+        parts_of(body), partial(_request, body, seed), "input"
+    )
     answer = service.submit(request, _n_partial(body))
     draft = Draft(body, seed, service, answer)
     draft.response.warnings = warnings
@@ -87,8 +89,9 @@ def parts_of(body: ResponsesRequest) -> Iterator[Given]:
                 yield Given(role, f"{here}.text", part.text, new_message=k == 0)
 
 
-def _request(body: ResponsesRequest, seed: int, model: Chameleon) -> tuple[Request, list[str]]:
-    prompt = read_prompt(parts_of(body), model, "input")
+def _request(
+    body: ResponsesRequest, seed: int, model: Chameleon, prompt: Prompt
+) -> tuple[Request, list[str]]:
     wishes = body.wishes(_mode(body), seed, body.max_output_tokens)
     request = model.request(prompt.conversation, least_room=0, **wishes)
     return request, prompt.warnings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ from openchameleon.inference.params import new_seed
 from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import NOT_FINITE, Chameleon, PromptTooLong
 from openchameleon.serve.answer import Answer
+from openchameleon.serve.decoding import N_PROCESSES, Decoders
 from openchameleon.serve.errors import ApiError, unavailable
 from openchameleon.serve.metrics import Metrics
+from openchameleon.serve.pictures import Source
+from openchameleon.serve.prompts import Given, Prompt, read_prompt
 from openchameleon.serve.worker import Job, Worker
 
 T = TypeVar("T")
@@ -65,6 +68,9 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(self._make_engine, settings.max_running, self.metrics)
         self.pool = ThreadPoolExecutor(settings.picture_threads, "pictures")
+        self.decoders = Decoders()
+        # Apart from the others, who so never wait for a picture that a decoder is long at.
+        self.readers = ThreadPoolExecutor(N_PROCESSES, "readers")
         self.draining = False
         self.n_open = 0
         self.failure: Exception | None = None
@@ -108,7 +114,9 @@ class Service:
     def stop(self) -> None:
         if self._chameleon is not None:
             self.worker.stop()
-        self.pool.shutdown(cancel_futures=True)
+        self.decoders.close()
+        for pool in (self.readers, self.pool):
+            pool.shutdown(cancel_futures=True)
 
     def enter(self) -> None:
         """Lets a request in, until `leave`. ApiError 429 where it is full, 503 where closed."""
@@ -130,13 +138,22 @@ class Service:
         self.n_open -= 1
         self.metrics.requests.set(self.n_open)
 
-    async def prepare(self, make: Callable[[Chameleon], T], param: str) -> T:
-        """What `make` makes of the model, in the pool of threads, where pictures are read.
+    async def prepare(
+        self, given: Iterable[Given], make: Callable[[Chameleon, Prompt], T], param: str
+    ) -> T:
+        """What `make` makes of the model and of the parts of a conversation, in a thread.
 
         ApiError for mistakes; of those that no part is to blame for, `param` is the name.
         """
+        parts, model = list(given), self.chameleon
+
+        def work() -> T:
+            return make(model, read_prompt(parts, model, param, self.decoders.decode))
+
+        has_pictures = any(isinstance(part.content, Source) for part in parts)
+        pool = self.readers if has_pictures else self.pool
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, make, self.chameleon)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         except PromptTooLong as error:
             raise ApiError(400, "context_length_exceeded", str(error), param) from error
         except UserError as error:

@@ -77,10 +77,12 @@ def serving(
     load: Callable[[], Chameleon],
     ready: bool = True,
     engine: Callable[[Chameleon], Engine] | None = None,
+    load_anew: Callable[[], Chameleon] | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
     """Serves what `load` gives. ready: waits until requests are taken. engine: in place of ours."""
-    running = Running(Service(Settings(**{"name": "nano", "drain": 5.0} | settings), load, engine))
+    how = Settings(**{"name": "nano", "drain": 5.0} | settings)
+    running = Running(Service(how, load, engine, load_anew))
     try:
         if ready:
             until(lambda: running.service.ready)

@@ -186,6 +186,20 @@ def compare(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> d
     return {"tensors": len(source), "probe_tokens": PROBE_LEN}
 
 
+def require_as_written(folder: Path) -> None:
+    """CheckpointError names a file that is not as the folder's manifest has it, if it has one."""
+    if not (folder / MANIFEST).is_file():
+        return
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST} lists no files; convert the model again.")
+    for name, file in files.items():
+        path = folder / name
+        expected = file.get("sha256") if isinstance(file, dict) else None
+        if not path.is_file() or sha256_of(path) != expected:
+            raise CheckpointError(f"{path} is not as {MANIFEST} says; copy the folder again.")
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
                         " openchameleon[serve].") from error  # fmt: skip
     from openchameleon.model_folder import find_model
     from openchameleon.pipeline import Chameleon
+    from openchameleon.serve.folder import ServedFolder
     from openchameleon.serve.service import Settings
 
     folder = find_model(options.model)
@@ -63,16 +64,12 @@ def run(options: argparse.Namespace) -> int:
         drain=options.drain,
     )
 
-    def load() -> Chameleon:
-        return Chameleon.from_pretrained(
-            folder, options.device, options.dtype, options.allow_pickle
-        )
-
     if options.host not in LOOPBACK and settings.api_key is None:
         print("openchameleon: others can reach this address and no --api-key is set: whoever does"
               " may use the model.", file=sys.stderr)  # fmt: skip
     if options.tensor == 1:
-        serve(settings, load, options.host, options.port)
+        source = ServedFolder(folder, options.device, options.dtype, options.allow_pickle)
+        serve(settings, source.load, options.host, options.port, load_anew=source.load_anew)
         return 0
     from openchameleon.serve.parallel import with_model
 

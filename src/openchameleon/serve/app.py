@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from openchameleon import __version__
-from openchameleon.serve import chat, images, responses
+from openchameleon.serve import admin, chat, images, responses
 from openchameleon.serve.errors import ApiError, Json, bad_field
 from openchameleon.serve.gate import Gate
 from openchameleon.serve.metrics import CONTENT_TYPE
@@ -53,7 +53,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )  # fmt: skip
     app.state.service = service
-    for endpoint in (responses, chat, images):
+    for endpoint in (responses, chat, images, admin):
         app.include_router(endpoint.router)
     _add_status(app, service)
     _add_page(app)

@@ -32,6 +32,7 @@ async def create(body: ImagesRequest, http: HTTPRequest) -> HTTPResponse:
     seed = seed_for(body.seed)
     words = [Given("user", "prompt", body.prompt)]
     requests = await service.prepare(words, partial(_requests, body, seed), "prompt")
+    size = service.picture_size  # which may be another model's by now
     answers = [service.submit(request) for request in requests]
     await service.collect(http, answers)
     n_in, n_out = len(requests[0].token_ids), sum(answer.n_tokens for answer in answers)

@@ -28,12 +28,13 @@ def serve(
     host: str,
     port: int,
     make_engine: Callable[[Chameleon], Engine] | None = None,
+    load_anew: Callable[[], Chameleon] | None = None,
 ) -> None:
     """Serves until a signal; arguments as of `Service`.
 
     UserError where the model cannot be loaded or the address is taken.
     """
-    service = Service(settings, load, make_engine)
+    service = Service(settings, load, make_engine, load_anew)
     server = Server(service, host, port)
     try:
         server.run()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,8 @@ from openchameleon.serve.metrics import Metrics
 from openchameleon.serve.pictures import Source
 from openchameleon.serve.prompts import Given, Prompt, read_prompt
 from openchameleon.serve.worker import Job, Worker
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RETRY_AFTER = 2  # seconds
@@ -54,7 +57,8 @@ class Service:
     """One model behind the routes.
 
     load: gives it; called in a thread of its own. make_engine: what steps it, at the start and
-    again after a crash; called in the worker's thread.
+    again after a crash; called in the worker's thread. load_anew: gives it again while it is
+    served, as `load` does; None where it can be loaded once only.
     """
 
     def __init__(
@@ -62,8 +66,9 @@ class Service:
         settings: Settings,
         load: Callable[[], Chameleon],
         make_engine: Callable[[Chameleon], Engine] | None = None,
+        load_anew: Callable[[], Chameleon] | None = None,
     ) -> None:
-        self.settings, self._load = settings, load
+        self.settings, self._load, self._load_anew = settings, load, load_anew
         self._engine_of = make_engine or new_engine
         self.metrics = Metrics()
         self.worker = Worker(self._make_engine, settings.max_running, self.metrics)
@@ -75,6 +80,10 @@ class Service:
         self.n_open = 0
         self.failure: Exception | None = None
         self._chameleon: Chameleon | None = None
+        self._reloading: asyncio.Task[None] | None = None
+        self._n_preparing = 0
+        self._stays = asyncio.Event()  # unset while another model takes the place of this one
+        self._stays.set()
 
     @property
     def ready(self) -> bool:
@@ -118,6 +127,39 @@ class Service:
         for pool in (self.readers, self.pool):
             pool.shutdown(cancel_futures=True)
 
+    async def reload(self) -> None:
+        """Loads the model anew, and serves it when what is under way with the old one has ended.
+
+        What comes meanwhile waits. ApiError, and the old one goes on: 409 where it cannot be loaded
+        again or is being loaded, 422 with what is wrong with the files, 503 at the end.
+        """
+        if self._load_anew is None:
+            raise ApiError(409, "conflict", "This model cannot be loaded anew while it is served:"
+                           " several processes share it. Start the server again.")  # fmt: skip
+        if self._reloading is not None and not self._reloading.done():
+            raise ApiError(409, "conflict", "The model is being loaded anew already.")
+        self._reloading = asyncio.create_task(self._replace(self._load_anew))
+        await asyncio.shield(self._reloading)  # which is not half done because its client goes
+
+    async def _replace(self, load: Callable[[], Chameleon]) -> None:
+        try:
+            model = await asyncio.to_thread(load)
+            self._stays.clear()
+            while self._n_preparing:
+                await asyncio.sleep(0.01)
+            await self.worker.replace(lambda: self._make_engine(model))
+            self._chameleon = model
+        except UserError as error:
+            raise ApiError(422, "invalid_model", f"The old model goes on: {error}") from error
+        except Exception as error:
+            if self.draining:
+                raise unavailable(ENDING) from error
+            log.exception("The model could not be loaded anew.")
+            raise ApiError(500, "server_error", "The model could not be loaded anew, the server's"
+                           " log says why; the old one goes on.") from error  # fmt: skip
+        finally:
+            self._stays.set()
+
     def enter(self) -> None:
         """Lets a request in, until `leave`. ApiError 429 where it is full, 503 where closed."""
         if self.draining:
@@ -145,6 +187,10 @@ class Service:
 
         ApiError for mistakes; of those that no part is to blame for, `param` is the name.
         """
+        if not self._stays.is_set():
+            await self._stays.wait()
+            if self.draining:
+                raise unavailable(ENDING)
         parts, model = list(given), self.chameleon
 
         def work() -> T:
@@ -152,12 +198,15 @@ class Service:
 
         has_pictures = any(isinstance(part.content, Source) for part in parts)
         pool = self.readers if has_pictures else self.pool
+        self._n_preparing += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         except PromptTooLong as error:
             raise ApiError(400, "context_length_exceeded", str(error), param) from error
         except UserError as error:
             raise ApiError(400, "invalid_request", str(error), param) from error
+        finally:
+            self._n_preparing -= 1  # and with no wait between, its requests are in line
 
     def submit(
         self, request: Request, partial_pictures: int = 0, stops: tuple[str, ...] = ()
@@ -187,11 +236,11 @@ class Service:
         if answer.stopped:
             self.cancel([answer])
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self, model: Chameleon | None = None) -> Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return self._engine_of(self.chameleon)
+        return self._engine_of(model or self.chameleon)
 
 
 def new_engine(model: Chameleon) -> Engine:

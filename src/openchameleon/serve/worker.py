@@ -81,6 +81,7 @@ class Worker:
         self._line: deque[Job] = deque()
         self._running: dict[Sequence, Job] = {}
         self._cancelled: list[tuple[Job, Outcome]] = []
+        self._replacement: tuple[Callable[[], Engine], asyncio.Future[None]] | None = None
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
@@ -123,6 +124,18 @@ class Worker:
                 self._cancelled.append((job, outcome))
                 self._wake.notify()
 
+    async def replace(self, make_engine: Callable[[], Engine]) -> None:
+        """Puts another engine in the place of this one as soon as nothing runs or is in line.
+
+        Whatever make_engine raises, and then the engine that was there goes on; RuntimeError where
+        the thread ends before.
+        """
+        done = asyncio.get_running_loop().create_future()
+        with self._wake:
+            self._replacement = (make_engine, done)
+            self._wake.notify()
+        await done
+
     def cancel_all(self, outcome: Outcome) -> None:
         """`cancel` for everything under way and in line."""
         with self._wake:
@@ -135,7 +148,7 @@ class Worker:
         engine: Engine | None = None
         while self._next_work():
             try:
-                engine = engine or self._new_engine()
+                engine = self._replaced(engine) or self._new_engine()
                 self._take(engine)
                 if self._running:
                     self._report(engine.step())
@@ -149,7 +162,11 @@ class Worker:
         """Sleeps until there is something to do; False: the end."""
         with self._wake:
             while self.ready and not (
-                self._stopping or self._line or self._running or self._cancelled
+                self._stopping
+                or self._line
+                or self._running
+                or self._cancelled
+                or self._replacement
             ):
                 self._wake.wait()
             return not self._stopping
@@ -158,6 +175,20 @@ class Worker:
         engine = self.make_engine()
         self.ready = True
         self.metrics.ready.set(1)
+        return engine
+
+    def _replaced(self, engine: Engine | None) -> Engine | None:
+        """The engine that is to take the place of this one, if one is and it may now."""
+        with self._wake:
+            if self._replacement is None or self._running or self._line:
+                return engine
+            (make, done), self._replacement = self._replacement, None
+        error: Exception | None = None
+        try:
+            engine = make()
+        except Exception as caught:
+            error = caught
+        self._loop.call_soon_threadsafe(_settle, done, error)
         return engine
 
     def _take(self, engine: Engine) -> None:
@@ -250,3 +281,15 @@ class Worker:
         self._line.clear()
         if not self._loop.is_closed():
             self._tell([(job, [], "stopped") for job in left])
+            if self._replacement is not None:
+                error = RuntimeError("The worker has ended.")
+                self._loop.call_soon_threadsafe(_settle, self._replacement[1], error)
+
+
+def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+    if done.done():  # who waited was cancelled
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

@@ -1,0 +1,49 @@
+"""A model's folder as a server reads it: at its start, and anew while it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchameleon.checkpoints.convert import require_as_written
+from openchameleon.errors import UserError
+from openchameleon.pipeline import Chameleon
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFolder:
+    """A folder, and how it is read; arguments as of `Chameleon.from_pretrained`."""
+
+    folder: Path
+    device: str | None = None
+    dtype: str | None = None
+    allow_pickle: bool = False
+
+    def load(self) -> Chameleon:
+        """The model, all of it in memory: nothing that happens to its files changes it.
+
+        Errors as of `Chameleon.from_pretrained`.
+        """
+        model = Chameleon.from_pretrained(self.folder, self.device, self.dtype, self.allow_pickle)
+        # Weights that are read as they are stay files that are mapped: one that is written over
+        # would change the model, and one that is cut off would kill the process.
+        image = model.tokenizer.image
+        for part in (model.model, image.model) if image else (model.model,):
+            for weight in (*part.parameters(), *part.buffers()):
+                if weight.device.type == "cpu":
+                    weight.data = weight.data.clone()
+        return model
+
+    def load_anew(self) -> Chameleon:
+        """`load`, after the files were compared with the manifest, where `convert` has left one.
+
+        UserError for clients to read: it names files, and not where they lie.
+        """
+        try:
+            if not self.folder.is_dir():
+                raise UserError("The model's folder is not there any more.")
+            require_as_written(self.folder)
+            return self.load()
+        except UserError as error:
+            said = str(error).replace(f"{self.folder}/", "").replace(str(self.folder), "the folder")
+            raise UserError(said) from error

@@ -1,0 +1,274 @@
+"""A model that is loaded anew while it is served, and files that change under it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Running, serving, start, until
+
+from openchameleon import Chameleon
+from openchameleon.checkpoints.convert import convert
+from openchameleon.errors import UserError
+from openchameleon.inference.engine import Engine
+from openchameleon.inference.sequence import Sequence
+from openchameleon.serve.folder import ServedFolder
+
+RESPONSES, RELOAD, KEY = "/v1/responses", "/admin/reload", {"Authorization": "Bearer sesame"}
+ASKED: dict[str, Any] = {"input": "a cat", "temperature": 0, "mode": "text"}
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A model folder that a test may harm."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def replaced(folder: Path, seed: int = 1) -> Chameleon:
+    """Other weights, and a shorter context, in the folder: the model that it now holds."""
+    model = Chameleon.from_pretrained(folder, device="cpu")
+    model.model.init_weights(seed)
+    shape = replace(model.config.model, max_seq_len=48)
+    Chameleon(replace(model.config, model=shape), model.model, model.tokenizer).save(folder)
+    return Chameleon.from_pretrained(folder, device="cpu")
+
+
+@contextmanager
+def served(folder: Path, **how: Any) -> Iterator[Running]:
+    source = ServedFolder(folder, device="cpu")
+    how = {"api_key": "sesame", "name": "tiny", "load_anew": source.load_anew} | how
+    with serving(source.load, **how) as running:
+        yield running
+
+
+def ask(running: Running, path: str = RESPONSES, body: Any = None) -> tuple[int, Any]:
+    status, _, answer = running.ask("POST", path, body or ASKED, KEY)
+    return status, answer
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    return "".join(item["content"][0]["text"] for item in answer["output"])
+
+
+def alone(model: Chameleon) -> str:
+    return model.generate("a cat", temperature=0.0, mode="text").text
+
+
+class Waiting(Engine):
+    """An engine that steps only once it is let go."""
+
+    def __init__(self, model: Chameleon) -> None:
+        super().__init__(model.model, model.config.vocab)
+        self.go = threading.Event()
+
+    def step(self) -> list[Sequence]:
+        assert self.go.wait(60)
+        return super().step()
+
+
+def test_a_model_that_is_loaded_anew_takes_the_place_of_the_old_one(folder: Path) -> None:
+    old = Chameleon.from_pretrained(folder, device="cpu")
+    with served(folder) as running:
+        assert text_of(ask(running)[1]) == alone(old)
+        new = replaced(folder)
+        assert alone(new) != alone(old)
+        assert text_of(ask(running)[1]) == alone(old), "until it is asked for"
+        assert ask(running, RELOAD) == (200, {"object": "model", "id": "tiny"})
+        assert text_of(ask(running)[1]) == alone(new)
+        _, _, models = running.ask("GET", "/v1/models", None, KEY)
+        assert models["data"][0]["context_length"] == 48
+
+
+def test_only_who_has_the_key_of_a_server_loads_its_model_anew(folder: Path) -> None:
+    with served(folder) as running:
+        for headers in ({}, {"Authorization": "Bearer sesam"}):
+            assert running.ask("POST", RELOAD, None, headers)[0] == 401
+        assert running.ask("GET", RELOAD, None, KEY)[0] == 405
+    with served(folder, api_key=None) as running:
+        status, _, answer = running.ask("POST", RELOAD)
+        assert (status, answer["error"]["code"]) == (403, "forbidden")
+        assert "--api-key" in answer["error"]["message"]
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    if how == "no folder":
+        shutil.rmtree(folder)
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "half of the weights":
+        os.truncate(weights, weights.stat().st_size // 2)
+    elif how == "no config":
+        (folder / "config.json").write_text("{")
+    else:
+        (folder / "manifest.json").write_text(json.dumps({"files": {
+            "model.safetensors": {"bytes": weights.stat().st_size, "sha256": "0" * 64}}
+        }))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no folder", "not there any more"), ("no weights", "model.safetensors cannot be read"),
+        ("half of the weights", "model.safetensors cannot be read"), ("no config", "config.json"),
+        ("another sum", "model.safetensors is not as manifest.json says"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_told_and_the_old_model_goes_on(
+    folder: Path, how: str, words: str
+) -> None:
+    with served(folder) as running:
+        before = ask(running)[1]["output"][0]["content"]
+        damage(folder, how)
+        status, answer = ask(running, RELOAD)
+        assert (status, answer["error"]["code"]) == (422, "invalid_model")
+        assert "The old model goes on" in answer["error"]["message"]
+        assert words in answer["error"]["message"]
+        assert str(folder.parent) not in json.dumps(answer)
+        assert running.ask("GET", "/ready")[0] == 200
+        assert ask(running)[1]["output"][0]["content"] == before
+
+
+def test_a_folder_that_was_converted_is_compared_with_its_manifest(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    convert(model_folder, tmp_path / "copy", "native")
+    source = ServedFolder(tmp_path / "copy", device="cpu")
+    assert alone(source.load_anew()) == alone(source.load())
+    with (tmp_path / "copy" / "config.json").open("a") as file:
+        file.write(" ")
+    source.load()
+    with pytest.raises(UserError, match=r"^config.json is not as manifest.json says"):
+        source.load_anew()
+
+
+def test_answers_under_way_end_with_the_old_model_and_new_ones_wait_for_the_new(
+    folder: Path,
+) -> None:
+    old, engines = Chameleon.from_pretrained(folder, device="cpu"), []
+
+    def waiting(model: Chameleon) -> Engine:
+        engines.append(Waiting(model))
+        return engines[-1]
+
+    with (
+        served(folder, engine=waiting, max_running=1) as running,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        before = [pool.submit(ask, running) for _ in range(2)]  # the second one is in line
+        until(lambda: running.metric("openchameleon_requests_open") == 2)
+        until(lambda: running.metric("openchameleon_waiting") == 1)
+        new = replaced(folder)
+        reload = pool.submit(ask, running, RELOAD)
+        until(lambda: not running.service._stays.is_set())
+        after = pool.submit(ask, running)
+        until(lambda: running.metric("openchameleon_requests_open") == 4)
+        assert running.ask("GET", "/ready")[0] == 200
+        status, answer = ask(running, RELOAD)
+        assert (status, answer["error"]["code"]) == (409, "conflict")
+        assert len(engines) == 1, "the old one is not left before its answers have ended"
+        engines[0].go.set()
+        assert [text_of(one.result()[1]) for one in before] == [alone(old)] * 2
+        assert reload.result()[0] == 200
+        assert len(engines) == 2
+        engines[1].go.set()
+        assert text_of(after.result()[1]) == alone(new)
+
+
+def test_a_new_model_that_no_engine_can_be_made_for_is_not_taken(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    n_made = 0
+
+    def first_only(model: Chameleon) -> Engine:
+        nonlocal n_made
+        n_made += 1
+        if n_made > 1:
+            raise MemoryError("no memory at /some/path")
+        return Engine(model.model, model.config.vocab)
+
+    with served(folder, engine=first_only) as running:
+        before = text_of(ask(running)[1])
+        replaced(folder)
+        status, answer = ask(running, RELOAD)
+        assert (status, answer["error"]["code"]) == (500, "server_error")
+        assert "path" not in answer["error"]["message"]
+        assert text_of(ask(running)[1]) == before
+        assert running.metric("openchameleon_engine_restarts_total") == 0
+    assert "no memory at" in caplog.text
+
+
+def test_a_model_that_several_processes_share_is_not_loaded_anew(folder: Path) -> None:
+    with served(folder, load_anew=None) as running:
+        status, answer = ask(running, RELOAD)
+        assert (status, answer["error"]["code"]) == (409, "conflict")
+        assert "several processes" in answer["error"]["message"]
+
+
+def test_a_server_ends_while_a_model_waits_for_its_place(folder: Path) -> None:
+    engines: list[Waiting] = []
+
+    def waiting(model: Chameleon) -> Engine:
+        engines.append(Waiting(model))
+        return engines[-1]
+
+    with (
+        served(folder, engine=waiting, drain=0.1) as running,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        pool.submit(ask, running)
+        until(lambda: running.metric("openchameleon_running") == 1)
+        pool.submit(ask, running, RELOAD)
+        until(lambda: not running.service._stays.is_set())
+        waits = pool.submit(ask, running)
+        until(lambda: running.metric("openchameleon_requests_open") == 3)
+        running.end()
+        until(lambda: running.service.draining)
+        for engine in engines:
+            engine.go.set()
+        assert waits.result()[0] == 503
+        running.join()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_weights_that_are_cut_off_in_place_change_nothing(folder: Path, kind: str) -> None:
+    """They may be mapped files, and then this kills: so in a process of its own."""
+    Chameleon.from_pretrained(folder, device="cpu").save(folder, kind)
+    process, port = start("--model", str(folder), "--dtype", kind, "--device", "cpu")
+    try:
+        until(lambda: _get(port, "/ready") == 200)
+        os.truncate(folder / "model.safetensors", 100)
+        os.truncate(folder / "image_tokenizer" / "model.safetensors", 100)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({"prompt": "a cat"})
+        connection.request(
+            "POST", "/v1/images/generations", body, {"Content-Type": "application/json"}
+        )
+        response = connection.getresponse()
+        assert response.status == 200
+        assert json.loads(response.read())["data"]
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+
+
+def _get(port: int, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path)
+    status = connection.getresponse().status
+    connection.close()
+    return status

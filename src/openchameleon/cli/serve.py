@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="requests let in at a time; more get 429 (%(default)s)")  # fmt: skip
     parser.add_argument("--drain", type=float, default=30.0, metavar="S",
                         help="seconds for answers to end after SIGTERM (%(default)s)")  # fmt: skip
+    parser.add_argument("--image-host", action="append", default=[], metavar="HOST",
+                        help="fetch pictures from https://HOST/..., and from nowhere else; may be"
+                        " given again (none)")  # fmt: skip
     parser.add_argument("--device", help="such as cuda:1 (the GPU where there is one)")
     add_dtype(parser)
     parser.add_argument("--tensor", type=int, default=1, metavar="N",
@@ -62,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         max_running=options.max_running,
         max_open=options.max_open,
         drain=options.drain,
+        image_hosts=tuple(options.image_host),
     )
 
     if options.host not in LOOPBACK and settings.api_key is None:

@@ -17,11 +17,12 @@ from starlette.staticfiles import StaticFiles
 
 from openchameleon import __version__
 from openchameleon.serve import admin, chat, images, responses
+from openchameleon.serve.clients import ClientGone
 from openchameleon.serve.errors import ApiError, Json, bad_field
 from openchameleon.serve.gate import Gate
 from openchameleon.serve.metrics import CONTENT_TYPE
 from openchameleon.serve.replies import ErrorBody
-from openchameleon.serve.service import ClientGone, Service
+from openchameleon.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 CONTENT_SECURITY = (

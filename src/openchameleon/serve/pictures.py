@@ -1,4 +1,4 @@
-"""Pictures that clients send, as data: URLs or bare base64 -> RGB, under limits for the request.
+"""Pictures that clients send, in base64 or as URLs -> RGB, under limits for the request.
 
 What a header says is judged for all of them before a pixel of any is decoded.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import PIL.Image
 
@@ -17,6 +18,7 @@ from openchameleon.errors import UserError
 from openchameleon.image_io import FORMATS
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
+from openchameleon.serve.fetch import MAX_BYTES, SECONDS, Fetcher
 
 MEDIA_TYPES = {f"image/{name.lower()}" for name in FORMATS} | {"image/jpg", "image/x-ms-bmp"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"RIFF", b"BM")
@@ -24,15 +26,35 @@ SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"RIF
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture as it was sent: `url`, or its file in base64, and the path of its field."""
+    """A picture as it was sent: `url`, or its file in base64, and the path of its field.
+
+    file: what was fetched from the URL.
+    """
 
     param: str
     url: str | None = None
     base64: str = ""
+    file: bytes | None = None
 
 
 Decode = Callable[[bytes], PIL.Image.Image]
 """A picture's file -> RGB. UserError for one that is damaged."""
+
+
+def fetched(sources: Sequence[Source], fetcher: Fetcher) -> list[Source]:
+    """The pictures with the files of those whose URLs are no data, which are fetched here.
+
+    All of a request's within one time and one number of bytes. ApiError.
+    """
+    deadline, left = time.monotonic() + SECONDS, limits.MAX_BODY
+    found = []
+    for source in sources:
+        if source.url is not None and source.url[:5].lower() != "data:":
+            file = fetcher.fetch(source.url, source.param, deadline, min(MAX_BYTES, left))
+            left -= len(file)
+            source = replace(source, file=file)
+        found.append(source)
+    return found
 
 
 def read_pictures(
@@ -55,6 +77,8 @@ def read_pictures(
 def _file(source: Source) -> bytes:
     """The bytes of a picture's file."""
     param = source.param
+    if source.file is not None:
+        return source.file
     if source.url is None:
         return _from_base64(source.base64, param)
     scheme, _, rest = source.url.partition(":")

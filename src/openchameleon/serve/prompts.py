@@ -17,7 +17,8 @@ from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import Chameleon
 from openchameleon.serve import limits
 from openchameleon.serve.errors import ApiError
-from openchameleon.serve.pictures import Decode, Source, read_pictures
+from openchameleon.serve.fetch import Fetcher
+from openchameleon.serve.pictures import Decode, Source, fetched, read_pictures
 
 Speaker = Role | Literal["system"]
 
@@ -43,9 +44,9 @@ class Prompt:
 def read_prompt(parts: list[Given], model: Chameleon, param: str, decode: Decode) -> Prompt:
     """The turns that the parts make, with their pictures. ApiError names the part that is wrong.
 
-    param: what the whole of the parts is called. decode: reads a picture's file.
+    The parts are none that `refuse_too_much` refuses. param: what the whole of them is called.
+    decode: reads a picture's file.
     """
-    _refuse_too_much(parts, model, param)
     sources = [part.content for part in parts if isinstance(part.content, Source)]
     pictures, warnings = read_pictures(sources, decode)
     pixels = iter(pictures)
@@ -65,6 +66,12 @@ def read_prompt(parts: list[Given], model: Chameleon, param: str, decode: Decode
         turns.append(Message(role, Document([*before, *_joined(turn)])))
     _refuse_nothing_asked(turns, parts, param)
     return Prompt(Conversation(turns), warnings)
+
+
+def with_fetched(parts: list[Given], fetcher: Fetcher) -> list[Given]:
+    """The parts, with the files of pictures that stand elsewhere. ApiError as of `fetched`."""
+    files = iter(fetched([p.content for p in parts if isinstance(p.content, Source)], fetcher))
+    return [replace(p, content=next(files)) if isinstance(p.content, Source) else p for p in parts]
 
 
 def seeded(request: Request, n: int) -> list[Request]:
@@ -87,7 +94,7 @@ def _joined(turn: list[tuple[Given, Segment]]) -> Iterator[Segment]:
         yield segment
 
 
-def _refuse_too_much(parts: list[Given], model: Chameleon, param: str) -> None:
+def refuse_too_much(parts: list[Given], model: Chameleon, param: str) -> None:
     """ApiError for what cannot fit, before pictures are read or text is encoded."""
     pictures = [part for part in parts if isinstance(part.content, Source)]
     told = [part for part in pictures if _told(part)]

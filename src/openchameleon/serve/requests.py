@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from openchameleon.pipeline import Wishes
 
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
+PICTURE_URL = "A data: URL, or https:// of a host that this server fetches pictures from."
 NOTHING: tuple[Any, ...] = (None, False, [], {}, 0, "")
 
 
@@ -91,7 +92,7 @@ class InputText(Body):
 
 class InputImage(Body):
     type: Literal["input_image"]
-    image_url: str = Field(description="A data: URL.")
+    image_url: str = Field(description=PICTURE_URL)
     detail: Ignored = None
     file_id: None = None
     prompt_cache_breakpoint: Ignored = None
@@ -211,7 +212,7 @@ class ChatText(Body):
 
 
 class ImageUrl(Body):
-    url: str = Field(description="A data: URL.")
+    url: str = Field(description=PICTURE_URL)
     detail: Ignored = None
 
 

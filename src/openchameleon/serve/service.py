@@ -10,9 +10,8 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from fastapi import Request as HTTPRequest
@@ -23,11 +22,19 @@ from openchameleon.inference.params import new_seed
 from openchameleon.inference.sequence import Request
 from openchameleon.pipeline import NOT_FINITE, Chameleon, PromptTooLong
 from openchameleon.serve.answer import Answer
+from openchameleon.serve.clients import unless_gone
 from openchameleon.serve.decoding import N_PROCESSES, Decoders
 from openchameleon.serve.errors import ApiError, unavailable
+from openchameleon.serve.fetch import Fetcher
 from openchameleon.serve.metrics import Metrics
 from openchameleon.serve.pictures import Source
-from openchameleon.serve.prompts import Given, Prompt, read_prompt
+from openchameleon.serve.prompts import (
+    Given,
+    Prompt,
+    read_prompt,
+    refuse_too_much,
+    with_fetched,
+)
 from openchameleon.serve.worker import Job, Worker
 
 log = logging.getLogger(__name__)
@@ -43,6 +50,7 @@ class Settings:
 
     max_running: answers being written at a time. max_open: requests let in at a time, those in
     line included; more get 429. drain: seconds that answers may take to end after SIGTERM.
+    image_hosts: where pictures may be fetched from, see `Fetcher`; no host, no fetching.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Settings:
     max_open: int = 128
     drain: float = 30.0
     picture_threads: int = 2
+    image_hosts: tuple[str, ...] = ()
 
 
 class Service:
@@ -73,6 +82,7 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(self._make_engine, settings.max_running, self.metrics)
         self.pool = ThreadPoolExecutor(settings.picture_threads, "pictures")
+        self.fetcher = Fetcher(settings.image_hosts) if settings.image_hosts else None
         self.decoders = Decoders()
         # Apart from the others, who so never wait for a picture that a decoder is long at.
         self.readers = ThreadPoolExecutor(N_PROCESSES, "readers")
@@ -192,14 +202,17 @@ class Service:
             if self.draining:
                 raise unavailable(ENDING)
         parts, model = list(given), self.chameleon
+        refuse_too_much(parts, model, param)
+        has_pictures = any(isinstance(part.content, Source) for part in parts)
+        pool = self.readers if has_pictures else self.pool
 
         def work() -> T:
             return make(model, read_prompt(parts, model, param, self.decoders.decode))
 
-        has_pictures = any(isinstance(part.content, Source) for part in parts)
-        pool = self.readers if has_pictures else self.pool
         self._n_preparing += 1
         try:
+            if has_pictures and self.fetcher is not None:
+                parts = await asyncio.to_thread(with_fetched, parts, self.fetcher)
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         except PromptTooLong as error:
             raise ApiError(400, "context_length_exceeded", str(error), param) from error
@@ -245,31 +258,6 @@ class Service:
 
 def new_engine(model: Chameleon) -> Engine:
     return Engine(model.model, model.config.vocab)
-
-
-class ClientGone(Exception):
-    """Nobody waits for this answer any more."""
-
-
-async def unless_gone(http: HTTPRequest, work: asyncio.Future[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes: then ClientGone."""
-    gone = asyncio.ensure_future(_disconnect(http))
-    both: list[asyncio.Future[Any]] = [work, gone]
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGone
-        return await work
-    finally:
-        for task in both:
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _disconnect(http: HTTPRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def failure_of(job: Job) -> ApiError | None:

@@ -10,8 +10,9 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from openchameleon.serve.answer import Answer
+from openchameleon.serve.clients import ClientGone
 from openchameleon.serve.errors import ApiError, dumps
-from openchameleon.serve.service import ClientGone, Service
+from openchameleon.serve.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openchameleon.inference.params import ModalityParams, SamplingParams
-from openchameleon.inference.sampling import SHORT_SORT, RowParams, draw, sample
+from openchameleon.inference.sampling import SHORT_SORT, RowParams, draw, first_largest, sample
 
 PARAMS = [
     ModalityParams(),
@@ -121,6 +121,13 @@ def test_draw_follows_the_probabilities() -> None:
     uniforms = (torch.arange(1000) + 0.5) / 1000
     ids = draw(probs.expand(1000, 4), uniforms, torch.zeros(1000, dtype=torch.int64))
     assert torch.bincount(ids, minlength=4).tolist() == [100, 0, 250, 650]
+
+
+@pytest.mark.parametrize("n_ids", [1, 12, 255, 256, 257, 1000])
+def test_the_first_of_the_largest_is_found_in_any_number_of_ids(n_ids: int) -> None:
+    scores = torch.randint(5, (40, n_ids), generator=generator(n_ids)).float()  # full of ties
+    scores[0] = -torch.inf
+    assert first_largest(scores).tolist() == scores.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.native.build import find_compiler
+from openchameleon.inference.native.pages import LARGE, large_spans, use_large_pages
 from openchameleon.inference.native.step import SWITCH, NativeStep, library
 from openchameleon.inference.params import ModalityParams, SamplingParams
 from openchameleon.inference.sequence import Request
@@ -271,6 +272,27 @@ def test_replaced_weights_are_used_by_the_next_request() -> None:
     assert engine.generate([request]) == wanted
 
 
+def test_large_pages_are_asked_for_where_tensors_fill_them_alone_or_together() -> None:
+    room = torch.zeros(40 << 20, dtype=torch.uint8)
+    at = room.data_ptr()
+    first = -(-at // LARGE) * LARGE
+    assert list(large_spans([room])) == [(first, (at + len(room)) // LARGE * LARGE)]
+    assert list(large_spans([room, room[5:9]])) == list(large_spans([room]))
+    assert not list(large_spans([torch.zeros(100), torch.empty(0), torch.empty(9, device="meta")]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+def test_weights_in_large_pages_are_the_same_at_the_same_place() -> None:
+    weights = torch.arange(6 << 20)
+    before, place = weights.clone(), weights.data_ptr()
+    thread = use_large_pages([weights])
+    assert thread is not None
+    thread.join()
+    assert weights.data_ptr() == place
+    assert torch.equal(weights, before)
+    assert use_large_pages([torch.zeros(100)]) is None
+
+
 def test_it_is_left_alone_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NativeStep.of(model_of().to(torch.bfloat16)) is None  # activations are not float32
     assert NativeStep.of(model_of().to("meta")) is None
@@ -371,8 +393,11 @@ def test_a_compiler_without_openmp_will_do(fresh: Path, monkeypatch: pytest.Monk
 
 
 @needs_library
-def test_processes_that_build_at_once_all_get_the_library(fresh: Path) -> None:
-    code = "from openchameleon.inference.native.step import library; print(library() is not None)"
+def test_processes_that_build_at_once_all_get_the_library(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from openchameleon.inference.native.pages import LARGE, large_spans, use_large_pages
+from openchameleon.inference.native.step import library; print(library() is not None)"
     workers = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from openchameleon.inference.native.build import NotBuilt, load
+from openchameleon.inference.native.pages import use_large_pages
 from openchameleon.model.rope import rope_tables
 from openchameleon.model.transformer import Block, HeadNorm, Transformer
 
@@ -114,6 +115,7 @@ class NativeStep:
         )  # fmt: skip
         self.head = self._matrix(getattr(model, "output", model.tok_embeddings))
         self.like = torch.empty(config.n_kv_heads, config.head_dim)
+        self.large_pages = use_large_pages(self._kept)
         self._scratch = torch.empty(0)
 
     @staticmethod

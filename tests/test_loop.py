@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import in_child
 
 from openchameleon.data.loader import Batch, RowLoader
 from openchameleon.data.pack import pack, save_manifest, write_rows
@@ -142,14 +141,8 @@ def killed_at(step: int) -> Hook:
 def test_a_killed_process_resumes_to_the_same_bits(uninterrupted: Path, run: Path) -> None:
     """One real process, killed at step 8, between checkpoints and with its log ahead of them."""
     config = dataclasses.replace(CONFIG, eval_every=1)
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_loop as t\n"
-        "import dataclasses, pathlib\n"
-        "config = dataclasses.replace(t.CONFIG, eval_every=1)\n"
-        f"t.train(pathlib.Path({str(run)!r}), config, hooks={{'kill': t.killed_at(8)}})\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    status = in_child(lambda: train(run, config, hooks={"kill": killed_at(8)}))
+    assert status == signal.SIGKILL
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
     assert max(steps) == 8
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000005"]

@@ -58,6 +58,12 @@ def tiny(data: str | None = None) -> Recipe:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest; the first run of this file does it."""
+    monkeypatch.setattr(stages, "plot_metrics", lambda log, png: None)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Path]:
     out = tmp_path_factory.mktemp("runs") / "tiny"
@@ -72,6 +78,8 @@ def test_a_recipe_ends_in_a_model_that_answers(run: tuple[Recipe, Path, Path]) -
     answer = model.generate("Draw a cat.", mode="image", seed=0)
     assert [p.size for p in answer.images] == [(96, 96)]
     assert json.loads((run[2] / "config.json").read_text())["picture_first"] is True
+    for stage in ("bind", "pretrain", "tune"):
+        assert (run[1] / "runs" / stage / "curves.png").stat().st_size > 10_000
 
 
 def test_finished_stages_are_skipped(

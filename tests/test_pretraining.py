@@ -36,6 +36,12 @@ def debug() -> Pretraining:
     return recipe
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than most of the rest; the first run of this file does it."""
+    monkeypatch.setattr(pretraining, "plot_metrics", lambda log, png: None)
+
+
 @pytest.fixture(scope="module")
 def run(debug: Pretraining, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "debug_cpu"

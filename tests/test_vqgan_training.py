@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.errors import Stopped, UserError
+from openchameleon.train import vq_step
 from openchameleon.train.image_tokenizer import (
     codebook_from_data,
     restart_dead_codes,
@@ -26,6 +28,7 @@ from openchameleon.train.vq_step import (
     vq_train_step,
 )
 from openchameleon.vqgan.config import VQConfig
+from openchameleon.vqgan.discriminator import PatchDiscriminator
 from openchameleon.vqgan.quantize import nearest
 
 SIDE = 24
@@ -37,6 +40,19 @@ TRAIN = VQTrainConfig(
     steps=12, batch_size=4, lr=2e-3, warmup=2, autoencoder_warmup_steps=4, kmeans_samples=64,
     kmeans_iters=2, restart_every=3, log_every=2, save_every=100, seed=3,
 )  # fmt: skip
+
+
+class Narrow(PatchDiscriminator):
+    def __init__(self) -> None:
+        super().__init__(ch=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_discriminator() -> Iterator[None]:
+    """An eighth of the channels: it took most of the time, and no claim is about its width."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vq_step, "PatchDiscriminator", Narrow)
+        yield
 
 
 def squares(step: int, batch_size: int) -> Tensor:

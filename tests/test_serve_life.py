@@ -611,14 +611,13 @@ def test_a_model_that_two_processes_compute_is_served_as_one_is(
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_program_with_a_sentence(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").write_bytes(b"0" * 100)
-    process, _ = start("--model", str(folder))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert main(["serve", "--port", "0", "--model", str(folder)]) == 2
+    err = capsys.readouterr().err
     assert "model.safetensors" in err
     assert "Traceback" not in err
 
@@ -632,10 +631,12 @@ def test_where_serving_is_not_installed_this_is_said(
     assert "openchameleon[serve]" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_a_sentence(model_folder: Path) -> None:
+def test_a_port_that_is_taken_is_a_sentence(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        process, _ = start("--model", str(model_folder), "--port", str(taken.getsockname()[1]))
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port, "--model", str(model_folder)]) == 2
+    err = capsys.readouterr().err
     assert "is it taken?" in err
     assert "Traceback" not in err

@@ -519,16 +519,16 @@ def test_no_url_makes_the_server_look_anywhere(server: Running, url: str) -> Non
 # --- files and keys
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page/....//app.py",
-        "/page//etc/passwd", "/page/%2fetc%2fpasswd", "/page/a%00b", "/page/link", "/page/.",
-        "/../app.py", "/page/%5c..%5capp.py", "/page/" + "a" * 5000,
-    ],
-)  # fmt: skip
-def test_no_path_leads_out_of_the_page(tiny: Chameleon, tmp_path: Path, path: str,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+PATHS_OUT = [
+    "/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page/....//app.py",
+    "/page//etc/passwd", "/page/%2fetc%2fpasswd", "/page/a%00b", "/page/link", "/page/.",
+    "/../app.py", "/page/%5c..%5capp.py", "/page/" + "a" * 5000,
+]  # fmt: skip
+
+
+def test_no_path_leads_out_of_the_page(
+    tiny: Chameleon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "page"
     folder.mkdir()
     (tmp_path / "app.py").write_text("secret")
@@ -542,10 +542,11 @@ def test_no_path_leads_out_of_the_page(tiny: Chameleon, tmp_path: Path, path: st
         assert "default-src 'self'" in headers["content-security-policy"]
         assert "unsafe" not in headers["content-security-policy"]
         assert running.ask("GET", "/page/index.html")[0] == 200
-        status, _, answer = running.ask("GET", path)
-        assert status in (400, 404)
-        assert "secret" not in str(answer)
-        assert str(tmp_path) not in str(answer)
+        for path in PATHS_OUT:
+            status, _, answer = running.ask("GET", path)
+            assert status in (400, 404), path
+            assert "secret" not in str(answer), path
+            assert str(tmp_path) not in str(answer), path
 
 
 def test_every_route_wants_the_key_but_those_that_say_the_server_is_there(tiny: Chameleon) -> None:

@@ -479,11 +479,12 @@ def test_an_answer_is_known_to_the_turn_that_follows_it(monkeypatch: pytest.Monk
     assert turn.full.n_read == (1 + len(first)) // 4 * 4
 
 
-def test_after_random_requests_and_aborts_every_block_is_free() -> None:
+@pytest.mark.parametrize("n_aborts", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_after_random_requests_and_aborts_every_block_is_free(n_aborts: int) -> None:
     rng = random.Random(0)
     engine = Engine(MODEL, VOCAB, 6, max_prefill=8, block_size=4, cache_tokens=160)
     kinds, under_way, n_aborted = mixed_requests(), [], 0
-    while n_aborted < 1000:
+    while n_aborted < n_aborts:
         if rng.random() < 0.6:
             under_way.append(engine.add(rng.choice(kinds)))
         for sequence in rng.sample(under_way, rng.randrange(len(under_way) + 1) // 2):

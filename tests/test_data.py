@@ -373,7 +373,7 @@ def test_a_batch_predicts_the_next_token_of_the_same_document() -> None:
     assert batch.n_tokens == 5
 
 
-@given(n=st.integers(1, 300), key=st.text(max_size=5))
+@given(n=st.integers(1, 100), key=st.text(max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_permuted_is_a_permutation(n: int, key: str) -> None:
     assert sorted(permuted(i, n, key) for i in range(n)) == list(range(n))
@@ -381,6 +381,7 @@ def test_permuted_is_a_permutation(n: int, key: str) -> None:
 
 def test_permutations_differ_between_keys_and_look_random() -> None:
     a, b = ([permuted(i, 1000, key) for i in range(1000)] for key in "ab")
+    assert sorted(a) == sorted(b) == list(range(1000))
     assert sum(x == y for x, y in zip(a, b, strict=True)) < 10
     assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.1

@@ -300,8 +300,8 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_sentence() -> None:
 
 
 def test_a_worker_that_hangs_ends_the_work_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SILENCE", 2.0)
-    with pytest.raises(UserError, match="gave no sign of life for 2 s"):
+    monkeypatch.setattr(workers, "SILENCE", 1.0)
+    with pytest.raises(UserError, match="gave no sign of life for 1 s"):
         list(in_processes(stop_unless_zero, [0, 1], 1))
 
 
@@ -318,8 +318,9 @@ def test_the_command_prepares_and_goes_on(
     rows = Rows.open(out)
     assert rows.row_len == 64
     assert rows.manifest["statistics"]["tokens"]["image"] == 6
-    monkeypatch.setattr(corpus_module, "prepare_shard", None)  # nothing is left to do
-    assert main([*line, "--workers", "1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "prepare_shard", None)  # nothing is left to do
+        assert main([*line, "--workers", "1"]) == 0
     for more, words in [
         (["--row-len", "32"], "row_len was 64, is 32"),
         (["--row-len", "1"], "row_len = 1 is no row"),
@@ -340,6 +341,5 @@ def test_the_command_prepares_and_goes_on(
     line[3], line[5] = str(alone), str(tmp_path / "again")
     assert main(line) == 2
     assert "holds tokenizers alone: give --row-len" in capsys.readouterr().err
-    monkeypatch.undo()
     assert main([*line, "--workers", "1", "--row-len", "64"]) == 0
     assert sums(tmp_path / "again") == sums(out)

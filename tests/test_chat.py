@@ -331,7 +331,7 @@ from openchameleon.cli.main import main
 stream = pipeline.Chameleon.stream
 def slowly(*arguments, **wishes):
     for event in stream(*arguments, **wishes):
-        time.sleep(0.1)
+        time.sleep(0.04)
         yield event
 pipeline.Chameleon.stream = slowly
 sys.exit(main())
@@ -376,6 +376,8 @@ def take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # A shell starts what it puts in the background with SIGINT ignored, and so its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_on_a_terminal_ctrl_c_stops_an_answer_clears_a_line_and_ends(tmp_path: Path) -> None:

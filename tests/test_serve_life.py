@@ -403,15 +403,15 @@ def test_a_whole_answer_that_crashes_is_a_500_with_its_id(
 ) -> None:
     engines[0].crash = RuntimeError("/secret/path")
     engines[0].let(1)
-    for path, body in (
+    for n_crashes, (path, body) in enumerate([
         (RESPONSES, {"input": "a"}), (IMAGES, {"prompt": "a"}),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 2}),
-    ):  # fmt: skip
+    ], start=1):  # fmt: skip
         status, headers, answer = gated.ask("POST", path, body)
         assert status == 500
         assert answer["error"]["request_id"] == headers["x-request-id"]
         assert "secret" not in json.dumps(answer)
-        until(lambda: gated.service.ready)
+        until(lambda n=n_crashes: len(engines) == n + 1 and gated.service.ready)
         engines[-1].crash = RuntimeError("again")
         engines[-1].let(1)
 

@@ -3,7 +3,9 @@
 Greedy, random weights, no guesses ahead. Ours: PyTorch alone, as without a compiler,
 and the native step with weights held as float32, bfloat16 and int8. `times_transformers`: over
 `transformers` with its defaults in float32. It never writes codes, so that a picture is compared
-with its text, of as many ids. `same_ids`: part of its ids that are ours too.
+with its text, of as many ids. `same_ids`: part of its ids that are ours too. `memory`: that of the
+weights and of the most that the first run adds, over that of the weights, keys and values.
+--best: its other ways too, a static cache, plain and compiled. --prompt 1024 --new 1: prompts.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from timeit import timeit
 from typing import Any
 
 import torch
-from common import parser, report
+from common import once, parser, report
 
 from openchameleon.checkpoints import hf
 from openchameleon.checkpoints.rotary import halves_from_pairs
@@ -31,14 +34,13 @@ from openchameleon.model.config import PRESETS, ModelConfig, ffn_dim_for, n_para
 from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import Vocab
 
-SMALL = replace(PRESETS["small"], max_seq_len=512)
+SMALL = replace(PRESETS["small"], max_seq_len=2048)
 SHAPES = {
     "small": SMALL,
     "medium": replace(SMALL, dim=1280, n_layers=18, n_heads=20, n_kv_heads=20,
                       ffn_dim=ffn_dim_for(1280), tie_embeddings=False),
 }  # fmt: skip
 ZERO = ModalityParams(temperature=0)
-N_PROMPT = 16
 Ids = list[list[int]]
 
 
@@ -47,53 +49,73 @@ def main() -> None:
     arguments.add_argument("--shape", choices=SHAPES, default="small")
     arguments.add_argument("--batch", type=int, default=1)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--prompt", type=int, default=16)
+    arguments.add_argument("--new", type=int, default=64)
+    arguments.add_argument("--best", action="store_true")
     arguments.add_argument("--repeats", type=int, default=7)
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    config, n_new = SHAPES[args.shape], 8 if args.quick else 64
-    vocab = Vocab.compact(8192, n_new - 2, config.vocab_size - 8192 - 7)
+    config, n_new = SHAPES[args.shape], 8 if args.quick else args.new
+    vocab = Vocab.compact(8192, max(1, n_new - 2), config.vocab_size - 8192 - 7)
+    cases = ("text", "picture") if n_new > 2 else ("text",)
     model = Transformer(config).eval()
     model.init_weights(seed=0)
     model.to(torch.bfloat16).to(torch.float32)
     span, rng = (vocab.text_start, vocab.size), torch.Generator().manual_seed(0)
-    prompts = torch.randint(*span, (args.batch, N_PROMPT), generator=rng).tolist()
-    runs = {"transformers": theirs(model, prompts, n_new)}
-    runs |= {f"pytorch/{case}": ours(model, vocab, prompts, case, n_new, "0") for case in CASES}
+    prompts = torch.randint(*span, (args.batch, args.prompt), generator=rng).tolist()
+    ways = ("default", "static", "compiled") if args.best else ("default",)
+    runs = {f"transformers/{way}": theirs(model, prompts, n_new, way) for way in ways}
+    runs |= {f"pytorch/{case}": ours(model, vocab, prompts, case, n_new, "0") for case in cases}
     kinds: list[Any] = ["float32", "bfloat16", "int8"] if library() else []
     for kind in kinds:
         held = copy.deepcopy(model)
         if kind != "float32":
             store_weights(held, kind)
-        runs |= {f"{kind}/{case}": ours(held, vocab, prompts, case, n_new, "1") for case in CASES}
-    measure(runs, args, {"shape": args.shape, "parameters": n_params(config), "batch": args.batch,
-                         "prompt": N_PROMPT, "new_ids": n_new})  # fmt: skip
+        runs |= {f"{kind}/{case}": ours(held, vocab, prompts, case, n_new, "1") for case in cases}
+    cache = 8 * config.n_layers * config.n_kv_heads * config.head_dim * (args.prompt + n_new)
+    measure(runs, args, args.batch * cache, {
+        "shape": args.shape, "parameters": n_params(config), "batch": args.batch,
+        "prompt": args.prompt, "new_ids": n_new,
+    })  # fmt: skip
 
 
-def measure(runs: dict[str, Callable[[], Ids]], args: Namespace, sizes: dict[str, Any]) -> None:
-    """In turns. A spread is the quartiles' distance, as part of the median."""
-    ids = {name: run() for name, run in runs.items()}
+def measure(
+    runs: dict[str, tuple[int, Callable[[], Ids]]],
+    args: Namespace,
+    cache: int,
+    sizes: dict[str, Any],
+) -> None:
+    """In turns. A spread is the quartiles' distance, as part of the median.
+
+    runs: bytes of weights, and what to time. cache: bytes of keys and values.
+    """
+    ids: dict[str, Ids] = {}
+    added = {
+        name: once(partial(keep, ids, name, run))["peak_gib"] for name, (_, run) in runs.items()
+    }
     n_turns = 1 if args.quick else args.repeats
-    turns = [{k: timeit(run, number=1) for k, run in runs.items()} for _ in range(n_turns)]
-    theirs = statistics.median(turn["transformers"] for turn in turns)
-    for name in runs:
+    turns = [{k: timeit(run, number=1) for k, (_, run) in runs.items()} for _ in range(n_turns)]
+    theirs = statistics.median(turn["transformers/default"] for turn in turns)
+    for name, (weights, _) in runs.items():
         seconds = sorted(turn[name] for turn in turns)
         took = statistics.median(seconds)
         spread = (seconds[(3 * n_turns) // 4] - seconds[n_turns // 4]) / took
         values = {"tokens_per_s": args.batch * sizes["new_ids"] / took, "spread": spread}
-        if name != "transformers":
-            values["times_transformers"] = theirs / took
+        values["times_transformers"] = theirs / took
+        values["memory"] = (weights + added[name] * 2**30) / (weights + cache)
         if name.endswith("text"):
-            values["same_ids"] = same(ids[name], ids["transformers"])
+            values["same_ids"] = same(ids[name], ids["transformers/default"])
         report(f"decode/{name}", args.out, sizes, **values)
 
 
-CASES = ("text", "picture")
+def keep(ids: dict[str, Ids], name: str, run: Callable[[], Ids]) -> None:
+    ids[name] = run()
 
 
 def ours(
     model: Transformer, vocab: Vocab, prompts: Ids, case: str, n_new: int, native: str
-) -> Callable[[], Ids]:
+) -> tuple[int, Callable[[], Ids]]:
     never_ends = replace(vocab, eos_id=vocab.unk_id, unk_id=vocab.eos_id)
     engine = Engine(model, never_ends if case == "text" else vocab, lookahead=0)
     mode: Any = {"text": "text", "picture": "image"}[case]
@@ -107,10 +129,15 @@ def ours(
         engine.blocks.forget()  # prompts are read anew, as theirs are
         return ids
 
-    return run
+    return bytes_of(model), run
 
 
-def theirs(model: Transformer, prompts: Ids, n_new: int) -> Callable[[], Ids]:
+def bytes_of(model: torch.nn.Module) -> int:
+    """Of the weights; what is tied counts once."""
+    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+
+
+def theirs(model: Transformer, prompts: Ids, n_new: int, way: str) -> tuple[int, Callable[[], Ids]]:
     import transformers
 
     peer = transformers.ChameleonForConditionalGeneration(their_config(model.config)).eval()
@@ -121,11 +148,16 @@ def theirs(model: Transformer, prompts: Ids, n_new: int) -> Callable[[], Ids]:
         elif "_normalization." in name:  # all alike at first, so that their order does not matter
             weight = weight.expand(model.config.n_heads, -1)
         peer.get_parameter(hf.name_of(name)).copy_(weight)
-    ids, mask = torch.tensor(prompts), torch.ones(len(prompts), N_PROMPT, dtype=torch.long)
+    ids = torch.tensor(prompts)
     peer.generation_config.eos_token_id = None
-    wishes = {"max_new_tokens": n_new, "do_sample": False, "pad_token_id": 1}
+    wishes: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "pad_token_id": 1}
+    wishes["attention_mask"] = torch.ones_like(ids)
+    if way != "default":
+        wishes["cache_implementation"] = "static"
+    if way == "compiled":
+        peer.forward = torch.compile(peer.forward)
     generate: Any = peer.generate
-    return lambda: generate(ids, attention_mask=mask, **wishes)[:, N_PROMPT:].tolist()
+    return bytes_of(peer), lambda: generate(ids, **wishes)[:, ids.shape[1] :].tolist()
 
 
 def their_config(config: ModelConfig) -> Any:

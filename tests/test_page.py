@@ -188,6 +188,13 @@ def test_a_reload_brings_the_conversation_and_the_draft_back(visit: Visit) -> No
     expect(person.page.locator(".turn")).to_have_count(6)
 
 
+def test_a_reload_right_after_an_answer_keeps_it(visit: Visit) -> None:
+    person = visit()
+    person.say("hello")
+    person.page.reload()
+    expect(person.answer).to_contain_text("Hello! What shall I draw?")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_engine")
 def test_a_reload_in_the_middle_of_an_answer_keeps_what_had_come(visit: Visit) -> None:

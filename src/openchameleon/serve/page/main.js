@@ -54,8 +54,10 @@ function show() {
   byId("download").disabled = byId("new").disabled = !conversation.turns.length;
   byId("send").hidden = answering;
   byId("stop").hidden = !answering;
+  const ended = !told && !answering;
   announce(conversation.turns.at(-1), answering);
   composed();
+  if (ended) keep();
 }
 
 /** Told to those who listen: that an answer has begun, and all of it when it is there. */
@@ -72,10 +74,14 @@ function announce(turn, answering) {
 
 function composed() {
   byId("send").disabled = !composer.parts.length || chat.answering;
-  saving ||= setTimeout(() => {
-    saving = 0;
-    save(chat.conversation, composer.parts);
-  }, 400);
+  saving ||= setTimeout(keep, 400);
+}
+
+/** Saves what is there at once: a reload may come before the time of `composed` is over. */
+function keep() {
+  clearTimeout(saving);
+  saving = 0;
+  save(chat.conversation, composer.parts);
 }
 
 function submit() {
@@ -280,6 +286,7 @@ function listen() {
       if (target === dialog || target.closest(".close")) dialog.close();
     });
   }
+  addEventListener("pagehide", keep);
   listenToKeys();
   listenToDrops();
 }

@@ -205,6 +205,9 @@ def test_part_of_the_head_is_part_of_the_logits(kind: Any) -> None:
     whole = native.logits(hidden)
     for first, stop in ((0, 131), (5, 6), (3, 120), (64, 64)):
         assert torch.equal(native.logits(hidden, first, stop), whole[:, first:stop])
+        some = native.logits(hidden, first, stop, torch.full_like(whole, 7.0))
+        assert torch.equal(some[:, first:stop], whole[:, first:stop])
+        assert (some == 7).sum() == (19 * (131 - stop + first))
         given = rounded(hidden) if kind == "int8" else hidden
         torch.testing.assert_close(model.logits(given, first, stop), whole[:, first:stop])
 

@@ -43,6 +43,13 @@ def test_codes_and_ids_outside_the_range_are_refused():
             image.codes_from_ids(ids)
 
 
+def test_what_may_stand_outside_of_codes_lies_in_a_few_spans():
+    published = Vocab.published()
+    assert published.spans_outside_codes() == [(2, 3), (8196, 8198), (16384, 65536)]
+    assert Vocab.compact(1000, 4, 50).spans_outside_codes() == [(2, 3), (1004, 1057)]
+    assert Vocab.compact(10, 4, 50).spans_outside_codes() == [(2, 67)]  # near: all in one
+
+
 def test_the_published_layout_is_the_released_one():
     v = Vocab.published()
     assert (v.size, v.bos_id, v.pad_id, v.eos_id, v.unk_id, v.eot_id) == (65536, 0, 1, 2, 3, 8710)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+NEAR = 64  # ids
+
 
 @dataclass(frozen=True, slots=True)
 class CodeRange:
@@ -108,6 +110,21 @@ class Vocab:
 
     def is_text(self, token_id: int) -> bool:
         return self.text_start <= token_id < self.text_stop
+
+    def spans_outside_codes(self) -> list[tuple[int, int]]:
+        """(first, stop) of ids among which are all that may be written where no code may.
+
+        That is text, eos, and what begins and ends items; what is not far apart goes together.
+        """
+        controls = [self.eos_id, *(i for r in self.code_ranges for i in (r.begin_id, r.end_id))]
+        spans = sorted([(self.text_start, self.text_stop), *((i, i + 1) for i in controls)])
+        joined = [spans[0]]
+        for first, stop in spans[1:]:
+            if first - joined[-1][1] <= NEAR:
+                joined[-1] = (joined[-1][0], stop)
+            else:
+                joined.append((first, stop))
+        return joined
 
     @staticmethod
     def published() -> Vocab:

@@ -67,7 +67,7 @@ class Engine:
         self.blocks = BlockManager(cache_tokens // block_size, block_size)
         self.scheduler = Scheduler(self.blocks, max_batch, max_prefill)
         pool = KVPool(model.config.n_layers, self.blocks.n_blocks, block_size)
-        self.runner = Runner(model, pool, vocab.pad_id)
+        self.runner = Runner(model, pool, vocab)
         self._arrivals, self._weights = count(), weights_of(model)
         self._lock = threading.RLock()
 
@@ -174,7 +174,7 @@ class Engine:
         """One id each, of those that the modality table allows."""
         table = self.table
         state = torch.tensor([s.state for s in group], device=table.device)
-        logits = self._logits(group, 0, self.vocab.size)
+        logits = self.runner.text_logits(all_hidden(group))
         ids, ok = self._draw(group, logits, table.allowed(state), self._seen(group))
         after = table.advance(state, ids)
         exhausted = table.exhausted(after)
@@ -196,7 +196,9 @@ class Engine:
         # Every code is allowed and nothing else, so only the codes' rows of the head are needed
         # (8,192 of 65,536 in the published vocabulary).
         r = self.vocab.code_ranges[group[0].drawing_from]
-        logits = self._logits(group, r.first_id, r.stop_id)
+        logits = self.runner.logits(all_hidden(group), r.first_id, r.stop_id)
+        if any(s.guidance for s in group):
+            logits = combine(logits, *guided_rows(group, logits.device))
         ids, ok = self._draw(group, logits)
         rows = torch.stack([ids + r.first_id, ok.long()], 1).tolist()
         start = 0
@@ -217,15 +219,6 @@ class Engine:
         """Guesses fill what the running streams leave of a batch."""
         n_streams = sum(len(s.streams) for s in self.scheduler.running)
         return min(self.lookahead, self.scheduler.max_rows // n_streams - 1)
-
-    def _logits(self, group: list[Sequence], first_id: int, stop_id: int) -> Tensor:
-        """Guided float32 logits of ids first_id .. stop_id - 1: a row for each id to draw."""
-        streams = [stream for sequence in group for stream in sequence.streams]
-        hidden = torch.cat([hidden_of(stream) for stream in streams])
-        logits = self.runner.logits(hidden, first_id, stop_id)
-        if len(streams) > len(group):
-            logits = combine(logits, *guided_rows(group, logits.device))
-        return logits
 
     def _draw(
         self,
@@ -310,9 +303,12 @@ def weights_of(model: Transformer) -> int:
     return hash(tuple((id(p), p._version) for p in model.parameters() if not p.is_inference()))
 
 
-def hidden_of(stream: Stream) -> Tensor:
-    assert stream.hidden is not None, "a stream is drawn from before it is read"
-    return stream.hidden
+def all_hidden(group: list[Sequence]) -> Tensor:
+    """What the head reads (R, C): of each stream of each sequence, a row for each id to draw."""
+    found = [stream.hidden for sequence in group for stream in sequence.streams]
+    hidden = [states for states in found if states is not None]
+    assert len(hidden) == len(found), "a stream is drawn from before it is read"
+    return torch.cat(hidden)
 
 
 def guided_rows(group: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from openchameleon.inference.kv_cache import KVPool
 from openchameleon.inference.native.step import NativeStep
 from openchameleon.inference.scheduler import Read
 from openchameleon.model.transformer import Transformer
+from openchameleon.vocab import Vocab
 
 SHORT, MAX_ROWS = 32, 256
 """New ids of a stream that the native step reads rather than PyTorch, and of one of its calls."""
@@ -22,8 +23,9 @@ SHORT, MAX_ROWS = 32, 256
 class Runner:
     """A model and the cache that it reads into."""
 
-    def __init__(self, model: Transformer, pool: KVPool, pad_id: int) -> None:
-        self.model, self.pool, self.pad_id = model, pool, pad_id
+    def __init__(self, model: Transformer, pool: KVPool, vocab: Vocab) -> None:
+        self.model, self.pool, self.vocab = model, pool, vocab
+        self.text_spans = vocab.spans_outside_codes()
 
     @cached_property
     def native(self) -> NativeStep | None:
@@ -60,10 +62,20 @@ class Runner:
             return self.native.logits(hidden, first_id, stop_id)
         return self.model.logits(hidden, first_id, stop_id)
 
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (R, V) of the ids that may stand outside of codes; others may be 0."""
+        out = torch.zeros(len(hidden), self.vocab.size, device=hidden.device)
+        for first, stop in self.text_spans:
+            if self.native is not None:
+                self.native.logits(hidden, first, stop, out)
+            else:
+                out[:, first:stop] = self.model.logits(hidden, first, stop)
+        return out
+
     def _call(self, reads: list[Read]) -> Tensor:
         """One model call -> hidden at the new ids of each stream, (B, T, C), padded."""
         ids, counts = new_ids(reads), [n for _, n in reads]
-        padded = [row + [self.pad_id] * (max(counts) - len(row)) for row in ids]
+        padded = [row + [self.vocab.pad_id] * (max(counts) - len(row)) for row in ids]
         device = self.model.output_weight.device
         tables, starts = [s.blocks for s, _ in reads], [s.n_read for s, _ in reads]
         view = self.pool.view(tables, starts, counts, device)

@@ -492,12 +492,13 @@ static void share_rounding(const Rows *in, int64_t kind) {
                   in->steps + j * n_spans(in->cols));
 }
 
-/* y (n, stop - first) = x (n, cols) times rows first .. stop-1 of w. No barrier at its end. */
+/* y (n, stop - first), with y_stride from row to row, = x (n, cols) times rows first .. stop-1 of w.
+   No barrier at its end. */
 static void share_product(const Matrix *w, int64_t first, int64_t stop, const Rows *in, float *y,
-                          float *own) {
+                          int64_t y_stride, float *own) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = first; i < stop; i += CHUNK)
-        product(w, i, i + CHUNK < stop ? i + CHUNK : stop, in, y + i - first, stop - first, own);
+        product(w, i, i + CHUNK < stop ? i + CHUNK : stop, in, y + i - first, y_stride, own);
 }
 
 /* gate (n, ffn_dim) = silu(w1 x) * w3 x; `up` is room for the second factor. */
@@ -661,9 +662,9 @@ static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scr
     const Rows gate = {n, m->ffn_dim, s->gate, s->rounded, s->steps};
     float *own = s->own + omp_get_thread_num() * s->own_size;
     share_rounding(&in, l->wq.kind);
-    share_product(&l->wq, 0, l->wq.rows, &in, s->q, own);
-    share_product(&l->wk, 0, l->wk.rows, &in, s->k, own);
-    share_product(&l->wv, 0, l->wv.rows, &in, s->v, own);
+    share_product(&l->wq, 0, l->wq.rows, &in, s->q, l->wq.rows, own);
+    share_product(&l->wk, 0, l->wk.rows, &in, s->k, l->wk.rows, own);
+    share_product(&l->wv, 0, l->wv.rows, &in, s->v, l->wv.rows, own);
     BARRIER
 #pragma omp for
     for (int64_t i = 0; i < n_tasks; i++)
@@ -673,14 +674,14 @@ static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scr
         attend(m, b, layer, i / n_parts, i % n_parts * m->n_kv_heads / n_parts,
                (i % n_parts + 1) * m->n_kv_heads / n_parts, s, own);
     share_rounding(&attended, l->wo.kind);
-    share_product(&l->wo, 0, m->dim, &attended, s->branch, own);
+    share_product(&l->wo, 0, m->dim, &attended, s->branch, m->dim, own);
     BARRIER
     share_residual(m, b, m->norm_input ? l->ffn_norm : l->attention_norm, s);
     share_rounding(&in, l->w1.kind);
     share_swiglu(l, &in, s->gate, s->up, own);
     BARRIER
     share_rounding(&gate, l->w2.kind);
-    share_product(&l->w2, 0, m->dim, &gate, s->branch, own);
+    share_product(&l->w2, 0, m->dim, &gate, s->branch, m->dim, own);
     BARRIER
     const float *next = layer + 1 < m->n_layers ? l[1].attention_norm : m->norm;
     share_residual(m, b, m->norm_input ? next : l->ffn_norm, s);
@@ -779,15 +780,17 @@ int64_t step_hidden(const Model *m, const Batch *b, float *memory, float *hidden
     return -1;
 }
 
-/* logits (n, stop - first) of hidden (n, dim); `memory` of `logits_floats`. */
+/* logits (n, stop - first), with `stride` from row to row, of hidden (n, dim); `memory` of
+   `logits_floats`. */
 void step_logits(const Matrix *head, int64_t first, int64_t stop, const float *hidden, int64_t n,
-                 float *memory, float *logits, int n_threads) {
+                 float *memory, float *logits, int64_t stride, int n_threads) {
     const int64_t n_steps = padded(n * n_spans(head->cols)), width = padded(head->cols);
     const Rows in = {n, head->cols, hidden, (int16_t *)(memory + n_steps), memory};
-    float *own = memory + n_steps + n * width / 2;
+    float *areas = memory + n_steps + n * width / 2;
 #pragma omp parallel num_threads(n_threads)
     {
+        float *own = areas + omp_get_thread_num() * strip_floats(n);
         share_rounding(&in, head->kind);
-        share_product(head, first, stop, &in, logits, own + omp_get_thread_num() * strip_floats(n));
+        share_product(head, first, stop, &in, logits, stride, own);
     }
 }

@@ -73,7 +73,8 @@ FUNCTIONS: dict[str, list[Any]] = {  # what it returns, what it is given
     "logits_floats": [c_int64, POINTER(Matrix), c_int64, c_int64],
     "step_hidden": [c_int64, POINTER(Model), POINTER(Batch), c_void_p, c_void_p, c_int],
     "step_logits": [
-        None, POINTER(Matrix), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int
+        None, POINTER(Matrix), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64,
+        c_int,
     ],
 }  # fmt: skip
 
@@ -177,17 +178,26 @@ class NativeStep:
         assert wrong < 0, f"row {wrong}: id {token_ids[wrong]} at {positions[wrong]} has no place"
         return out
 
-    def logits(self, hidden: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        """Float32 logits (R, stop - first) of ids first .. stop-1, from hidden states (R, C)."""
+    def logits(
+        self, hidden: Tensor, first: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Float32 logits of ids first .. stop-1, from hidden states (R, C): (R, stop - first).
+
+        Or those columns of `out`, float32 (R, ids), which comes back.
+        """
         stop = self.head.rows if stop is None else stop
         assert 0 <= first <= stop <= self.head.rows, f"ids {first}..{stop - 1}"
         expect(hidden, (len(hidden), self.config.dim), torch.float32)
-        out = torch.empty(len(hidden), stop - first)
+        if out is None:
+            out, at = torch.empty(len(hidden), stop - first), 0
+        else:
+            expect(out, (len(hidden), self.head.rows), torch.float32)
+            at = first * out.itemsize
         n_threads = torch.get_num_threads()
         self.lib.step_logits(
             byref(self.head), first, stop, hidden.data_ptr(), len(hidden),
             self._memory(self.lib.logits_floats(byref(self.head), len(hidden), n_threads)),
-            out.data_ptr(), n_threads,
+            out.data_ptr() + at, out.shape[1], n_threads,
         )  # fmt: skip
         return out
 

@@ -146,6 +146,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(kind: Any) -> None:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             assert torch.equal(decoded(model, token_ids, 4), among)
+            assert torch.equal(decoded(model, token_ids[:1], 4), among[:1])
     finally:
         torch.set_num_threads(n_threads)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from openchameleon.checkpoints.convert import convert
 from openchameleon.errors import UserError
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.sequence import Sequence
+from openchameleon.model.transformer import Transformer
+from openchameleon.serve import service
 from openchameleon.serve.folder import ServedFolder
 
 RESPONSES, RELOAD, KEY = "/v1/responses", "/admin/reload", {"Authorization": "Bearer sesame"}
@@ -186,19 +190,29 @@ def test_answers_under_way_end_with_the_old_model_and_new_ones_wait_for_the_new(
         assert text_of(after.result()[1]) == alone(new)
 
 
+class Engines:
+    """Makes engines, but for models of a context of `refused`; holds none of them."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        self.refused = refused
+        self.models: list[weakref.ref[Transformer]] = []
+        self.made: list[weakref.ref[Engine]] = []
+        self.alive: list[int] = []
+
+    def __call__(self, model: Chameleon) -> Engine:
+        self.models.append(weakref.ref(model.model))
+        self.alive.append(sum(engine() is not None for engine in self.made))
+        if model.config.model.max_seq_len == self.refused:
+            raise MemoryError("no memory at /some/path")
+        engine = Engine(model.model, model.config.vocab)
+        self.made.append(weakref.ref(engine))
+        return engine
+
+
 def test_a_new_model_that_no_engine_can_be_made_for_is_not_taken(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    n_made = 0
-
-    def first_only(model: Chameleon) -> Engine:
-        nonlocal n_made
-        n_made += 1
-        if n_made > 1:
-            raise MemoryError("no memory at /some/path")
-        return Engine(model.model, model.config.vocab)
-
-    with served(folder, engine=first_only) as running:
+    with served(folder, engine=Engines(refused=48)) as running:
         before = text_of(ask(running)[1])
         replaced(folder)
         status, answer = ask(running, RELOAD)
@@ -207,6 +221,53 @@ def test_a_new_model_that_no_engine_can_be_made_for_is_not_taken(
         assert text_of(ask(running)[1]) == before
         assert running.metric("openchameleon_engine_restarts_total") == 0
     assert "no memory at" in caplog.text
+
+
+@pytest.mark.parametrize("refused", [None, 48])
+def test_of_two_models_only_the_one_that_is_served_stays_in_memory(
+    folder: Path, refused: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a cache at a time: one that is made beside another would be small for ever."""
+    engines = Engines(refused)
+    # Pytest would keep what was raised.
+    monkeypatch.setattr(service.log, "exception", lambda _: None)
+    with served(folder, engine=engines) as running:
+        ask(running)
+        replaced(folder)
+        gc.disable()
+        try:
+            assert ask(running, RELOAD)[0] == (500 if refused else 200)
+            ask(running)
+            kept, gone = (0, 1) if refused else (1, 0)
+            until(lambda: engines.models[gone]() is None, 5)
+            assert engines.models[kept]() is not None
+        finally:
+            gc.enable()
+        assert engines.alive == [0] * (3 if refused else 2)
+
+
+def test_an_engine_that_crashes_while_a_new_model_waits_leaves_its_place_to_it(
+    folder: Path,
+) -> None:
+    engines: list[Waiting] = []
+
+    def waiting(model: Chameleon) -> Engine:
+        engines.append(Waiting(model))
+        return engines[-1]
+
+    with served(folder, engine=waiting) as running, ThreadPoolExecutor(2) as pool:
+        lost = pool.submit(ask, running)
+        until(lambda: running.metric("openchameleon_running") == 1)
+        new = replaced(folder)
+        reload = pool.submit(ask, running, RELOAD)
+        until(lambda: not running.service._stays.is_set())
+        engines[0].runner = None  # type: ignore[assignment]
+        engines[0].go.set()
+        assert lost.result()[0] == 500
+        assert reload.result()[0] == 200
+        until(lambda: running.ask("GET", "/ready")[0] == 200, 5)
+        engines[1].go.set()
+        assert text_of(ask(running)[1]) == alone(new)
 
 
 def test_a_model_that_several_processes_share_is_not_loaded_anew(folder: Path) -> None:

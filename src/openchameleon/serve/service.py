@@ -146,7 +146,7 @@ class Service:
         if self._load_anew is None:
             raise ApiError(409, "conflict", "This model cannot be loaded anew while it is served:"
                            " several processes share it. Start the server again.")  # fmt: skip
-        if self._reloading is not None and not self._reloading.done():
+        if self._reloading is not None:
             raise ApiError(409, "conflict", "The model is being loaded anew already.")
         self._reloading = asyncio.create_task(self._replace(self._load_anew))
         await asyncio.shield(self._reloading)  # which is not half done because its client goes
@@ -169,6 +169,7 @@ class Service:
                            " log says why; the old one goes on.") from error  # fmt: skip
         finally:
             self._stays.set()
+            self._reloading = None  # it would hold what was raised, and with that the model
 
     def enter(self) -> None:
         """Lets a request in, until `leave`. ApiError 429 where it is full, 503 where closed."""

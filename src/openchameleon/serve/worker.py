@@ -127,14 +127,17 @@ class Worker:
     async def replace(self, make_engine: Callable[[], Engine]) -> None:
         """Puts another engine in the place of this one as soon as nothing runs or is in line.
 
-        Whatever make_engine raises, and then the engine that was there goes on; RuntimeError where
-        the thread ends before.
+        Whatever make_engine raises, and then an engine like the one that was there goes on;
+        RuntimeError where the thread ends before.
         """
         done = asyncio.get_running_loop().create_future()
         with self._wake:
             self._replacement = (make_engine, done)
             self._wake.notify()
-        await done
+        try:
+            await done
+        finally:
+            del done  # it holds what was raised, which holds this frame
 
     def cancel_all(self, outcome: Outcome) -> None:
         """`cancel` for everything under way and in line."""
@@ -148,7 +151,10 @@ class Worker:
         engine: Engine | None = None
         while self._next_work():
             try:
-                engine = self._replaced(engine) or self._new_engine()
+                if self._replacement_is_due():
+                    engine = None  # its memory goes before a new one is made
+                    engine = self._replaced()
+                engine = engine or self._new_engine(self.make_engine)
                 self._take(engine)
                 if self._running:
                     self._report(engine.step())
@@ -171,25 +177,32 @@ class Worker:
                 self._wake.wait()
             return not self._stopping
 
-    def _new_engine(self) -> Engine:
-        engine = self.make_engine()
+    def _new_engine(self, make: Callable[[], Engine]) -> Engine:
+        engine = make()
         self.ready = True
         self.metrics.ready.set(1)
         return engine
 
-    def _replaced(self, engine: Engine | None) -> Engine | None:
-        """The engine that is to take the place of this one, if one is and it may now."""
+    def _replacement_is_due(self) -> bool:
         with self._wake:
-            if self._replacement is None or self._running or self._line:
-                return engine
-            (make, done), self._replacement = self._replacement, None
-        error: Exception | None = None
+            return self._replacement is not None and not (self._running or self._line)
+
+    def _replaced(self) -> Engine | None:
+        """The engine that was to take this one's place; None where it cannot be made."""
+        assert self._replacement is not None, "it is due"
         try:
-            engine = make()
-        except Exception as caught:
-            error = caught
-        self._loop.call_soon_threadsafe(_settle, done, error)
+            engine = self._new_engine(self._replacement[0])
+        except Exception as error:
+            self._settle(error)
+            return None
+        self._settle(None)
         return engine
+
+    def _settle(self, error: Exception | None) -> None:
+        """Tells who waits for a replacement, if anybody does, how it went."""
+        if self._replacement is not None:
+            (_, done), self._replacement = self._replacement, None
+            self._loop.call_soon_threadsafe(_set, done, error)
 
     def _take(self, engine: Engine) -> None:
         """Takes out what was cancelled and lets jobs in from the line."""
@@ -281,12 +294,10 @@ class Worker:
         self._line.clear()
         if not self._loop.is_closed():
             self._tell([(job, [], "stopped") for job in left])
-            if self._replacement is not None:
-                error = RuntimeError("The worker has ended.")
-                self._loop.call_soon_threadsafe(_settle, self._replacement[1], error)
+            self._settle(RuntimeError("The worker has ended."))
 
 
-def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+def _set(done: asyncio.Future[None], error: Exception | None) -> None:
     if done.done():  # who waited was cancelled
         return
     if error is None:

@@ -44,6 +44,7 @@ sys.exit(decoder.main())
 """
 HANG, DIE, CRASH = "time.sleep(60)", "os._exit(0)", "ctypes.string_at(0)"
 LIE = "os.write(3, decoder.HEAD.pack(60000, 60000))"  # to where answers go
+CHATTER = "os.write(3, decoder.HEAD.pack(0, 2**32 - 1)); time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +117,8 @@ def test_processes_are_started_when_they_are_needed() -> None:
 
 @pytest.mark.parametrize(
     ("evil", "words"),
-    [(HANG, "in 1 seconds"), (DIE, "died"), (CRASH, "died"), (LIE, "died")],
-    ids=["hang", "die", "crash", "lie"],
+    [(HANG, "in 1 seconds"), (DIE, "died"), (CRASH, "died"), (LIE, "died"), (CHATTER, "died")],
+    ids=["hang", "die", "crash", "lie", "chatter"],
 )
 def test_a_picture_that_harms_its_decoder_is_refused_and_the_next_one_is_read(
     evil: str, words: str
@@ -156,6 +157,41 @@ def test_a_decoder_that_died_in_between_is_not_the_next_pictures_fault() -> None
         os.kill(pid, signal.SIGKILL)
         until(lambda: not is_alive(pid))
         assert decoders.decode(GOOD).size == (40, 30)
+
+
+def test_an_answer_that_is_read_in_part_is_not_the_next_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(
+        process: subprocess.Popen[bytes], n_bytes: int, real: Any = decoding._read
+    ) -> Any:
+        if n_bytes > 1000:
+            raise MemoryError
+        return real(process, n_bytes)
+
+    with decoding_with(1) as decoders:
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_read", no_memory)
+            with pytest.raises(MemoryError):
+                decoders.decode(GOOD)
+        other = file_of(PIL.Image.new("RGB", (5, 5), "red"))
+        assert decoders.decode(other).tobytes() == open_image(other).tobytes()
+
+
+def test_a_decoder_reads_no_code_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    with decoding_with(1) as decoders:
+        assert decoders.decode(GOOD).size == (40, 30)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_where_memory_ends_a_decoder_goes_before_the_server() -> None:
+    with decoding_with(1) as decoders:
+        decoders.decode(GOOD)
+        assert Path(f"/proc/{decoders.all[0].pid}/oom_score_adj").read_text() == "1000\n"
 
 
 def test_where_no_decoder_can_be_started_pictures_wait_for_another_time() -> None:

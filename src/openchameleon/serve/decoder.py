@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from openchameleon.errors import UserError
 from openchameleon.image_io import open_image
@@ -30,6 +31,8 @@ def main() -> int:
     max_pixels, max_bytes, memory, seconds = map(int, sys.argv[1:])
     with suppress(OSError, ValueError):  # a system without this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with suppress(OSError):  # where memory ends, this process goes and not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

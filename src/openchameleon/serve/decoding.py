@@ -27,8 +27,10 @@ N_PROCESSES = 2  # so that a picture that hangs holds up no other
 SECONDS = 5.0  # for a picture
 SECONDS_TO_START = 30.0
 MEMORY = 1 << 30  # addresses of a process: the largest picture in 16 bits takes 570 MB
+MAX_SENTENCE = 1 << 12  # bytes
 PROGRAM = (
-    sys.executable, "-m", "openchameleon.serve.decoder",
+    # -P: not from the working directory, which may be the folder of a download.
+    sys.executable, "-P", "-m", "openchameleon.serve.decoder",
     *map(str, (limits.MAX_PIXELS, limits.MAX_BODY, MEMORY, round(SECONDS) + 1)),
 )  # fmt: skip
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -105,6 +107,11 @@ class Decoder:
         except (OSError, EOFError):
             self._end("it died of a picture")
             raise UserError("The picture cannot be decoded: its decoder died of it.") from None
+        except UserError:
+            raise
+        except BaseException:  # the rest of its answer would be taken for the next picture's
+            self._end("its answer was not read")
+            raise
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
@@ -153,10 +160,10 @@ def _asked(process: subprocess.Popen[bytes], data: bytes) -> PIL.Image.Image:
     process.stdin.write(data)
     process.stdin.flush()
     width, height = HEAD.unpack(_read(process, HEAD.size))
+    if width * height > limits.MAX_PIXELS or (width == 0 and height > MAX_SENTENCE):
+        raise EOFError("it answers with what cannot be")
     if width == 0:
         raise UserError(_read(process, height).decode())
-    if width * height > limits.MAX_PIXELS:
-        raise EOFError("it answers with another picture")
     return PIL.Image.frombytes("RGB", (width, height), _read(process, 3 * width * height))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import shutil
@@ -11,13 +12,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
-from serving import Running, serving
+from serving import Running, serving, until
 
 from openchameleon import Chameleon
 from openchameleon.cli.main import main
@@ -158,7 +160,7 @@ def fetcher(pictures: Server, certificate: Path, resolved: list[str]) -> Fetcher
 
 
 def get(fetcher: Fetcher, url: str, seconds: float = 10.0, **limit: int) -> bytes:
-    return fetcher.fetch(url, "here", time.monotonic() + seconds, **limit)
+    return asyncio.run(fetcher.fetch(url, "here", time.monotonic() + seconds, **limit))
 
 
 def refused(fetcher: Fetcher, url: str, code: str, seconds: float = 10.0, **limit: int) -> str:
@@ -344,9 +346,32 @@ def test_fetched_pictures_count_to_the_limits_of_their_request(
     assert pictures.asked == []
     monkeypatch.setattr(limits, "MAX_BODY", 2 * len(PNG) + 1)  # of all, and fetched ones too
     with pytest.raises(ApiError) as error:
-        fetched([Source("x", url)] * 3, fetcher)
+        asyncio.run(fetched([Source("x", url)] * 3, fetcher))
     assert error.value.code == "image_too_large"
-    assert len(fetched([Source("x", url)] * 2, fetcher)) == 2
+    assert len(asyncio.run(fetched([Source("x", url)] * 2, fetcher))) == 2
+
+
+def test_a_host_that_does_not_answer_holds_up_nobody_else(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        go.wait(60)
+        return []
+
+    monkeypatch.setattr(server.service, "fetcher", Fetcher(["a.test"], resolve=resolve))
+    data = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    with ThreadPoolExecutor(40) as pool:
+        slow = [
+            pool.submit(server.ask, "POST", "/v1/responses", body("https://a.test/"))
+            for _ in range(40)
+        ]
+        until(lambda: server.metric("openchameleon_requests_open") == 40)
+        assert server.ask("POST", "/v1/responses", body(data))[0] == 200
+        assert not any(one.done() for one in slow)
+        go.set()
+        assert {one.result()[0] for one in slow} == {400}
 
 
 def test_by_default_nothing_is_fetched(server: Running) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,29 @@ def test_a_server_ends_while_a_model_waits_for_its_place(folder: Path) -> None:
             engine.go.set()
         assert waits.result()[0] == 503
         running.join()
+
+
+def test_a_server_ends_without_waiting_for_a_model_that_is_loaded(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go = threading.Event()
+
+    def slowly() -> Chameleon:
+        go.wait(60)
+        raise UserError("nobody waits for this")
+
+    begin = time.monotonic()
+    with served(folder, load_anew=slowly, drain=0.1) as running, ThreadPoolExecutor(1) as pool:
+        reload = pool.submit(ask, running, RELOAD)
+        until(lambda: running.metric("openchameleon_requests_open") == 1)
+        running.end()
+        status, answer = reload.result()
+        assert (status, answer["error"]["code"]) == (503, "unavailable")
+    with serving(slowly, ready=False):
+        pass
+    assert time.monotonic() - begin < 30
+    go.set()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

@@ -6,19 +6,19 @@ the socket goes to one of these, while the certificate has to be the name's.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from contextlib import suppress
 
 from openchameleon.errors import UserError
 from openchameleon.serve.errors import ApiError
+from openchameleon.serve.threads import left_behind
 
 MAX_BYTES = 10 << 20  # of a picture
 SECONDS = 10.0  # for the pictures of a request
@@ -48,7 +48,9 @@ class Fetcher:
         self._context = context or ssl.create_default_context()
         self._resolve, self._is_allowed = resolve or addresses_of, is_allowed or is_public
 
-    def fetch(self, url: str, param: str, deadline: float, max_bytes: int = MAX_BYTES) -> bytes:
+    async def fetch(
+        self, url: str, param: str, deadline: float, max_bytes: int = MAX_BYTES
+    ) -> bytes:
         """What stands at the URL, in `max_bytes` at most and before `deadline` (monotonic).
 
         ApiError 400, naming `param`: `url_not_allowed` before a socket is opened, or for an answer
@@ -56,27 +58,20 @@ class Fetcher:
         """
         host, port, path = self._parsed(url, param)
         visit = Visit(host, port, path, deadline, max_bytes, param)
-        found: Future[bytes] = Future()
-
-        def work() -> None:
-            try:
-                found.set_result(self._get(visit))
-            except BaseException as error:
-                found.set_exception(error)
-
-        # In a thread that can be left: neither a resolver nor the lines of an answer's head have
-        # a limit of time of their own.
-        threading.Thread(target=work, name="fetch", daemon=True).start()
         try:
-            return found.result(max(0.0, visit.left))
+            # In a thread that can be left: neither a resolver nor the lines of an answer's head
+            # have a limit of time of their own.
+            async with asyncio.timeout(max(0.0, visit.left)):
+                return await left_behind(lambda: self._get(visit), "fetch")
         except TimeoutError:
-            visit.hang_up()
             raise _failed(f"did not come in {SECONDS:.0f} seconds", param) from None
         except ssl.SSLCertVerificationError:
             raise _failed(f"was not fetched: its server is not {host} by its certificate",
                           param) from None  # fmt: skip
         except (OSError, http.client.HTTPException, UnicodeError):
             raise _failed(f"was not fetched: {host} cannot be talked to", param) from None
+        finally:
+            visit.hang_up()
 
     def _parsed(self, url: str, param: str) -> tuple[str, int, str]:
         """Host, port and path of a URL that may be fetched."""

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from openchameleon.serve import limits
-from openchameleon.serve.errors import REQUEST_ID, ApiError, Json
-from openchameleon.serve.service import Service
+from openchameleon.serve.errors import REQUEST_ID, ApiError, Json, unavailable
+from openchameleon.serve.service import ENDING, Service
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,8 +50,11 @@ class Gate:
         try:
             await self._let_in(scope, receive, numbered)
         except ApiError as error:
-            answer = Json(error.body(request_id), error.status_code, error.headers)
-            await answer(scope, receive, numbered)
+            await _refusal(error, request_id)(scope, receive, numbered)
+        except asyncio.CancelledError:  # the time to end is over
+            if status != 499 or not self.service.draining:
+                raise
+            await _refusal(unavailable(ENDING), request_id)(scope, receive, numbered)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.service.metrics.http.labels(path, str(status)).inc()
@@ -75,6 +78,10 @@ class Gate:
             raise ApiError(401, "invalid_api_key", "This server wants its API key, as the header"
                            " Authorization: Bearer KEY.",
                            headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+
+
+def _refusal(error: ApiError, request_id: str) -> Json:
+    return Json(error.body(request_id), error.status_code, error.headers)
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:

@@ -41,7 +41,7 @@ Decode = Callable[[bytes], PIL.Image.Image]
 """A picture's file -> RGB. UserError for one that is damaged."""
 
 
-def fetched(sources: Sequence[Source], fetcher: Fetcher) -> list[Source]:
+async def fetched(sources: Sequence[Source], fetcher: Fetcher) -> list[Source]:
     """The pictures with the files of those whose URLs are no data, which are fetched here.
 
     All of a request's within one time and one number of bytes. ApiError.
@@ -50,7 +50,7 @@ def fetched(sources: Sequence[Source], fetcher: Fetcher) -> list[Source]:
     found = []
     for source in sources:
         if source.url is not None and source.url[:5].lower() != "data:":
-            file = fetcher.fetch(source.url, source.param, deadline, min(MAX_BYTES, left))
+            file = await fetcher.fetch(source.url, source.param, deadline, min(MAX_BYTES, left))
             left -= len(file)
             source = replace(source, file=file)
         found.append(source)

@@ -68,9 +68,10 @@ def read_prompt(parts: list[Given], model: Chameleon, param: str, decode: Decode
     return Prompt(Conversation(turns), warnings)
 
 
-def with_fetched(parts: list[Given], fetcher: Fetcher) -> list[Given]:
+async def with_fetched(parts: list[Given], fetcher: Fetcher) -> list[Given]:
     """The parts, with the files of pictures that stand elsewhere. ApiError as of `fetched`."""
-    files = iter(fetched([p.content for p in parts if isinstance(p.content, Source)], fetcher))
+    sources = [part.content for part in parts if isinstance(part.content, Source)]
+    files = iter(await fetched(sources, fetcher))
     return [replace(p, content=next(files)) if isinstance(p.content, Source) else p for p in parts]
 
 

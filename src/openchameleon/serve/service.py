@@ -35,6 +35,7 @@ from openchameleon.serve.prompts import (
     refuse_too_much,
     with_fetched,
 )
+from openchameleon.serve.threads import left_behind
 from openchameleon.serve.worker import Job, Worker
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Service:
         """Loads the model and starts the engine. What goes wrong is raised, and kept: `failure`."""
         self.loop = asyncio.get_running_loop()
         try:
-            self._chameleon = await asyncio.to_thread(self._load)
+            self._chameleon = await left_behind(self._load, "load")
         except Exception as error:
             self.failure = error
             raise
@@ -153,7 +154,7 @@ class Service:
 
     async def _replace(self, load: Callable[[], Chameleon]) -> None:
         try:
-            model = await asyncio.to_thread(load)
+            model = await left_behind(load, "load")
             self._stays.clear()
             while self._n_preparing:
                 await asyncio.sleep(0.01)
@@ -213,7 +214,7 @@ class Service:
         self._n_preparing += 1
         try:
             if has_pictures and self.fetcher is not None:
-                parts = await asyncio.to_thread(with_fetched, parts, self.fetcher)
+                parts = await with_fetched(parts, self.fetcher)
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         except PromptTooLong as error:
             raise ApiError(400, "context_length_exceeded", str(error), param) from error

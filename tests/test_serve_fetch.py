@@ -74,6 +74,10 @@ class Pictures(BaseHTTPRequestHandler):
     def large(self) -> None:
         self.answer(LARGE)
 
+    def cut(self) -> None:
+        self.answer(PNG[:-1], **{"Content-Length": str(len(PNG))})
+        self.close_connection = True
+
     def endless(self) -> None:
         self.send_response(200)
         self.end_headers()
@@ -217,6 +221,7 @@ def test_no_other_url_is_looked_up(
         ("224.0.0.1", False), ("240.0.0.1", False), ("255.255.255.255", False), ("::1", False),
         ("::", False), ("fe80::1%eth0", False), ("fc00::1", False), ("ff02::1", False),
         ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False), ("::127.0.0.1", False),
+        ("fec0::1", False),
         ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("2001:0:1::1", False),
     ],
 )  # fmt: skip
@@ -272,6 +277,10 @@ def test_a_body_is_read_up_to_the_limit(fetcher: Fetcher, pictures: Server, path
     refused(fetcher, at(pictures, path), "image_too_large", max_bytes=len(LARGE) - 1)
     if path == "large":
         assert get(fetcher, at(pictures, path), max_bytes=len(LARGE)) == LARGE
+
+
+def test_a_body_that_is_cut_off_is_no_picture(fetcher: Fetcher, pictures: Server) -> None:
+    refused(fetcher, at(pictures, "cut"), "image_not_fetched")
 
 
 @pytest.mark.parametrize("path", ["slow", "slow_head"])

@@ -152,6 +152,8 @@ class Visit:
         data = bytearray()
         while len(data) <= self.max_bytes and (response.length or 0) <= self.max_bytes:
             chunk = response.read(CHUNK)
+            if not chunk and response.length:
+                raise http.client.IncompleteRead(bytes(data), response.length)
             if not chunk:
                 return bytes(data)
             data += chunk
@@ -166,7 +168,7 @@ def is_public(address: Address) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif ip.sixtofour is not None or ip.teredo is not None:
+        elif ip.sixtofour is not None or ip.teredo is not None or ip.is_site_local:
             return False
     # NAT64's addresses, and those that end in an IPv4 one, are among IPv6's reserved ones.
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)

@@ -290,3 +290,28 @@ def test_the_layouts_of_others_are_held_in_fewer_bytes_too(
     ids = torch.tensor([[0, 5, 9]])
     wanted = Chameleon.from_pretrained(model_folder, "cpu", "int8").model(ids)
     assert torch.equal(held.model(ids), wanted)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("layout", ["one file", "shards"])
+def test_files_that_are_written_over_change_no_model_that_was_loaded(
+    model_folder: Path, tmp_path: Path, layout: str, dtype: str | None
+) -> None:
+    """What is read as it is was mapped: so the files have the type that the weights are held in."""
+    folder = tmp_path / "model"
+    Chameleon.from_pretrained(model_folder, "cpu").save(folder, dtype if dtype != "int8" else None)
+    if layout == "shards":
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        names = Chameleon.from_pretrained(model_folder, "cpu").model.state_dict()
+        index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = Chameleon.from_pretrained(folder, "cpu", dtype)
+    ids = torch.tensor([[0, 5, 9]])
+    image = model.tokenizer.image
+    assert image is not None
+    logits, codes = model.model(ids), image.encode([PICTURE])
+    for path in folder.rglob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert torch.equal(model.model(ids), logits)
+    assert torch.equal(image.encode([PICTURE]), codes)

@@ -115,6 +115,7 @@ class Chameleon:
         in half the memory, and arithmetic is float32 still. "int8" rounds the weights to a quarter,
         on any device; such a model generates faster and cannot be saved.
         allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
+        All of it is in memory then: nothing that happens to the files changes it.
         UserError says what was looked for, or which file is missing or damaged.
         """
         folder = find_model(str(name_or_folder))
@@ -128,6 +129,7 @@ class Chameleon:
                 model = read_model(folder, config.model, place, kind)
         if stored is not None:
             store_weights(model, stored, torch.float32 if place.type == "cpu" else None)
+        _into_memory(model)
         return Chameleon(config, model, tokenizer)
 
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
@@ -339,6 +341,17 @@ def _from_checkpoint(
     checkpoint = open_checkpoint(folder, allow_pickle)
     tokenizer = _tokenizer_of(checkpoint, device)
     return checkpoint.config, load_transformer(checkpoint, device, dtype), tokenizer
+
+
+def _into_memory(model: Transformer) -> None:
+    """Copies a tensor at a time what may still be a mapped file.
+
+    A file that is written over would change the model, and one that is cut off would kill the
+    process.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
 
 
 def _sampling(base: SamplingParams, wishes: Wishes) -> SamplingParams:

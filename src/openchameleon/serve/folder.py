@@ -20,19 +20,8 @@ class ServedFolder:
     allow_pickle: bool = False
 
     def load(self) -> Chameleon:
-        """The model, all of it in memory: nothing that happens to its files changes it.
-
-        Errors as of `Chameleon.from_pretrained`.
-        """
-        model = Chameleon.from_pretrained(self.folder, self.device, self.dtype, self.allow_pickle)
-        # Weights that are read as they are stay files that are mapped: one that is written over
-        # would change the model, and one that is cut off would kill the process.
-        image = model.tokenizer.image
-        for part in (model.model, image.model) if image else (model.model,):
-            for weight in (*part.parameters(), *part.buffers()):
-                if weight.device.type == "cpu":
-                    weight.data = weight.data.clone()
-        return model
+        """The model. Errors as of `Chameleon.from_pretrained`."""
+        return Chameleon.from_pretrained(self.folder, self.device, self.dtype, self.allow_pickle)
 
     def load_anew(self) -> Chameleon:
         """`load`, after the files were compared with the manifest, where `convert` has left one.

@@ -158,6 +158,21 @@ def test_a_folder_that_was_converted_is_compared_with_its_manifest(
         source.load_anew()
 
 
+def test_no_way_to_a_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor to the folders around it, where a tokenizer of Meta's is sought too."""
+    folder = tmp_path / "models" / "7b"
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text('{"model": {}}')
+    monkeypatch.chdir(tmp_path)
+    for place in (folder, folder.relative_to(tmp_path)):
+        with pytest.raises(UserError, match="No text_tokenizer") as error:
+            ServedFolder(place, "cpu", allow_pickle=True).load_anew()
+        assert tmp_path.name not in str(error.value)
+    shutil.copytree(folder, "e")  # a name that is part of words
+    with pytest.raises(UserError, match="put the tokenizer there"):
+        ServedFolder(Path("e"), "cpu", allow_pickle=True).load_anew()
+
+
 def test_answers_under_way_end_with_the_old_model_and_new_ones_wait_for_the_new(
     folder: Path,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openchameleon.checkpoints.convert import require_as_written
@@ -28,11 +28,14 @@ class ServedFolder:
 
         UserError for clients to read: it names files, and not where they lie.
         """
+        folder = self.folder.absolute()
         try:
-            if not self.folder.is_dir():
+            if not folder.is_dir():
                 raise UserError("The model's folder is not there any more.")
-            require_as_written(self.folder)
-            return self.load()
+            require_as_written(folder)
+            return replace(self, folder=folder).load()
         except UserError as error:
-            said = str(error).replace(f"{self.folder}/", "").replace(str(self.folder), "the folder")
+            said = str(error)
+            for place in (folder, *folder.parents[:-1]):  # Meta's releases have files beside it
+                said = said.replace(f"{place}/", "").replace(str(place), "the folder")
             raise UserError(said) from error

@@ -6,10 +6,10 @@
 
    Decoding is bound by the bytes of the weights, so each weight is read once for all rows, in the
    form it is stored in (float32, bfloat16, int8 with a scale a row), while those after it are on
-   their way from memory. It is widened where it is used: bfloat16 to float32; int8 to int16, for
-   products in whole numbers with activations that are rounded to int16, half a step in 32767 of the
-   largest of 512. All else is float32. Each number is summed in one order, whatever R and the
-   threads are: a row has the same bits alone and among others.
+   their way from memory. It is widened where it is used: bfloat16 to float32, two from a word; int8
+   to int16, for products in whole numbers with activations that are rounded to int16, half a step
+   in 32767 of the largest of 512. All else is float32. Each number is summed in one order, whatever
+   R and the threads are: a row has the same bits alone and among others.
 
    Vectors are the extension that GCC and Clang share, so that one source serves AVX-512, AVX2 and
    NEON. Inside the parallel region all threads run the same code; each loop marked `omp for` is
@@ -31,30 +31,24 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-/* TALL rows of weights by WIDE rows of activations: as many sums as registers hold with room left.
-   WIDEST: for weights that are widened anew for each pass over them, which pays for a tight fit. */
+/* TALL rows of weights by WIDE rows of activations: sums that registers hold with room left. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define WIDE 4
-#define WIDEST 4
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LANES 8
 #define WIDE 2
-#define WIDEST 3
 #elif defined(__aarch64__)
 #define LANES 4
 #define WIDE 4
-#define WIDEST 4
 #else
 #define LANES 4
 #define WIDE 2
-#define WIDEST 3
 #endif
 #define TALL 4
-#define MANY 12   /* rows of activations from which on bfloat16 weights are widened once for all */
-#define CHUNK 16  /* rows of weights that a thread takes at a time */
-#define SPAN 512  /* columns that stay in the cache for all passes, and share a step of rounding */
-#define LINE 64   /* bytes that are fetched together */
+#define CHUNK 16 /* rows of weights that a thread takes at a time */
+#define SPAN 512 /* columns that stay in the cache for all passes, and share a step of rounding */
+#define LINE 64  /* bytes that are fetched together */
 
 enum { FLOAT32, BFLOAT16, INT8, INT16 }; /* weights are stored in the first three */
 
@@ -111,18 +105,17 @@ typedef struct {
     float *const *keys, *const *values; /* a layer: (n_blocks, block_size, n_kv_heads, head_dim) */
 } Batch;
 
-/* Activations as products read them: for int8 weights rounded too, see `round_row`. */
+/* Activations as products read them. */
 typedef struct {
     int64_t n, cols;
-    const float *x;   /* (n, cols) */
-    int16_t *rounded; /* (n, padded(cols)) */
-    float *steps;     /* (n, n_spans(cols)) */
+    const float *x; /* (n, cols) */
+    void *ready;    /* (n, padded(cols)): for bfloat16 weights `part_row`, for int8 `round_row` */
+    float *steps;   /* (n, n_spans(cols)) */
 } Rows;
 
 /* What the threads share during a step, and one area for each of them. */
 typedef struct {
-    float *x, *normed, *branch, *q, *k, *v, *attended, *gate, *up, *steps;
-    int16_t *rounded;
+    float *x, *normed, *branch, *q, *k, *v, *attended, *gate, *up, *steps, *ready;
     float *own;
     int64_t own_size;
 } Scratch;
@@ -150,21 +143,10 @@ INLINE vec multiply_add(vec a, vec b, vec c) {
 #endif
 }
 
-/* LANES weights from element i on, as float32. `kind` is a constant wherever this is inlined.
-   Compilers widen small integers badly, so that their instructions are named where known. */
-INLINE vec widen(const int kind, const void *data, int64_t i) {
-    if (kind == FLOAT32) return load((const float *)data + i);
-    const uint16_t *half = (const uint16_t *)data + i;
-#if LANES == 16
-    return (vec)_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)half)), 16);
-#elif LANES == 8
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)half)), 16);
-#else
-    halves h;
-    memcpy(&h, half, sizeof h);
-    return (vec)(__builtin_convertvector(h, words) << 16);
-#endif
+INLINE words load_words(const void *p) {
+    words w;
+    memcpy(&w, p, sizeof w);
+    return w;
 }
 
 INLINE shorts load_shorts(const void *p) {
@@ -175,7 +157,7 @@ INLINE shorts load_shorts(const void *p) {
 
 INLINE void store_shorts(void *p, shorts s) { memcpy(p, &s, sizeof s); }
 
-/* 2 * LANES weights as int16. */
+/* 2 * LANES weights as int16. Compilers widen bytes badly, so that the instructions are named. */
 INLINE shorts widen_whole(const int kind, const void *data) {
     if (kind == INT16) return load_shorts(data);
 #if LANES == 16
@@ -272,24 +254,19 @@ typedef struct {
     float *y; /* of row i of these and row j of `in`: y[j * y_stride + i] */
     int64_t y_stride;
     float *sums;      /* (n, TALL, LANES) */
-    void *own;        /* a span of these weights, widened: (TALL, SPAN) */
+    int16_t *own;     /* a span of these weights, widened from int8: (TALL, SPAN) */
     const char *next; /* what to fetch while these are computed with: the weights after them */
-    int64_t step;     /* bytes of it for each vector of a pass */
+    int64_t step;     /* bytes of it for each step of a pass */
 } Strip;
 
 static int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 static int64_t n_spans(int64_t cols) { return (cols + SPAN - 1) / SPAN; }
-static int64_t strip_floats(int64_t n) { return TALL * (SPAN + n * LANES); }
+static int64_t strip_floats(int64_t n) { return TALL * (SPAN / 2 + n * LANES); }
 INLINE int64_t size_of(const int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
 
-/* The weights of a strip from column `first` on as a kind: in their place, or as they were kept. */
+/* The weights of a strip from column `first` on, in their place. */
 INLINE const char *weights_of(const int kind, const Strip *s, int64_t first) {
-    if (kind != s->w->kind) return s->own;
     return (const char *)s->w->data + (s->first * s->w->stride + first) * size_of(kind);
-}
-
-INLINE int64_t stride_of(const int kind, const Strip *s) {
-    return kind == s->w->kind ? s->w->stride : SPAN;
 }
 
 /* `bytes` from `from` on, fewer than a vector has, and zeros after them. */
@@ -302,55 +279,102 @@ INLINE void fetch(const char *next, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i);
 }
 
-/* Adds to the sums of `tall` rows of weights of a kind and `wide` rows of activations, from row j
-   on, what columns first .. first + n - 1 give. Both counts are constants wherever this is inlined:
-   the sums stay in registers. keep: the weights stay in s->own, widened, for passes to come. */
-INLINE void pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
-                 int64_t j, int64_t first, int64_t n) {
-    const char *w = weights_of(kind, s, first), *next = s->next;
-    const int64_t stride = stride_of(kind, s), x_stride = s->in->cols, size = size_of(kind);
-    const int64_t step = s->step, ahead = kind == s->w->kind ? TALL * LANES * size : 1;
+/* A pass adds to the sums of `tall` rows of weights and `wide` rows of activations, from row j on,
+   what columns first .. first + n - 1 give. Both counts are constants wherever a pass is inlined:
+   its sums stay in registers. */
+
+INLINE void load_sums(const int tall, const int wide, const float *sums, vec sum[TALL][WIDE]) {
+    for (int r = 0; r < wide; r++)
+        for (int i = 0; i < tall; i++) sum[i][r] = load(sums + (r * TALL + i) * LANES);
+}
+
+INLINE void store_sums(const int tall, const int wide, float *sums, vec sum[TALL][WIDE]) {
+    for (int r = 0; r < wide; r++)
+        for (int i = 0; i < tall; i++) store(sums + (r * TALL + i) * LANES, sum[i][r]);
+}
+
+/* Of float32 weights. */
+INLINE void float_pass(const int tall, const int wide, Strip *s, int64_t j, int64_t first,
+                       int64_t n) {
+    const char *next = s->next;
+    const int64_t stride = s->w->stride, x_stride = s->in->cols, step = s->step;
+    const float *w = (const float *)weights_of(FLOAT32, s, first);
     const float *x = s->in->x + j * x_stride + first;
-    float *own = s->own, *sums = s->sums + j * TALL * LANES;
-    vec sum[TALL][WIDEST] = {{{0}}}, in[WIDEST];
-    if (first)
-        for (int r = 0; r < wide; r++)
-            for (int i = 0; i < tall; i++) sum[i][r] = load(sums + (r * TALL + i) * LANES);
+    float *sums = s->sums + j * TALL * LANES;
+    vec sum[TALL][WIDE] = {{{0}}}, in[WIDE];
+    if (first) load_sums(tall, wide, sums, sum);
     int64_t k = 0;
     for (; k + LANES <= n; k += LANES, next += step) {
-        fetch(next, ahead);
+        fetch(next, 4 * TALL * LANES);
         for (int r = 0; r < wide; r++) in[r] = load(x + r * x_stride + k);
         for (int r = 0; r < wide; r++) HOLD(in[r]);
         for (int i = 0; i < tall; i++) {
-            vec weights = widen(kind, w, i * stride + k);
+            vec weights = load(w + i * stride + k);
             HOLD(weights);
-            if (keep) store(own + i * SPAN + k, weights);
             for (int r = 0; r < wide; r++) sum[i][r] = multiply_add(weights, in[r], sum[i][r]);
         }
     }
-    for (int i = 0; i < tall && k < n; i++) {
-        char room[4 * LANES];
-        vec weights = widen(kind, rest_of(w + (i * stride + k) * size, (n - k) * size, room), 0);
-        if (keep) store(own + i * SPAN + k, weights);
+    for (int i = 0; i < tall && k < n; i++)
         for (int r = 0; r < wide; r++)
-            sum[i][r] = multiply_add(weights, load_some(x + r * x_stride + k, n - k), sum[i][r]);
-    }
-    for (int r = 0; r < wide; r++)
-        for (int i = 0; i < tall; i++) store(sums + (r * TALL + i) * LANES, sum[i][r]);
+            sum[i][r] = multiply_add(load_some(w + i * stride + k, n - k),
+                                     load_some(x + r * x_stride + k, n - k), sum[i][r]);
+    store_sums(tall, wide, sums, sum);
     s->next = next;
 }
 
-/* The same of int8 or int16 weights and of rounded activations: exact in the span. */
+/* Adds to the sums of one row what 2 * LANES bfloat16 weights give. A word holds two of them, of
+   which the second is its upper half. */
+INLINE void add_halves(const int wide, const char *w, const vec *even, const vec *odd, vec *sum) {
+    const words both = load_words(w);
+    vec first = (vec)(both << 16), second = (vec)(both & 0xffff0000);
+    HOLD(first);
+    HOLD(second);
+    for (int r = 0; r < wide; r++) sum[r] = multiply_add(first, even[r], sum[r]);
+    for (int r = 0; r < wide; r++) sum[r] = multiply_add(second, odd[r], sum[r]);
+}
+
+/* Of bfloat16 weights, by parted activations. */
+INLINE void half_pass(const int tall, const int wide, Strip *s, int64_t j, int64_t first,
+                      int64_t n) {
+    const char *w = weights_of(BFLOAT16, s, first), *next = s->next;
+    const int64_t stride = 2 * s->w->stride, x_stride = padded(s->in->cols), step = s->step;
+    const float *x = (const float *)s->in->ready + j * x_stride + first;
+    float *sums = s->sums + j * TALL * LANES;
+    vec sum[TALL][WIDE] = {{{0}}}, even[WIDE], odd[WIDE];
+    if (first) load_sums(tall, wide, sums, sum);
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES, next += step) {
+        fetch(next, 4 * TALL * LANES);
+        for (int r = 0; r < wide; r++) even[r] = load(x + r * x_stride + k);
+        for (int r = 0; r < wide; r++) odd[r] = load(x + r * x_stride + k + LANES);
+        for (int r = 0; r < wide; r++) HOLD(even[r]);
+        for (int r = 0; r < wide; r++) HOLD(odd[r]);
+        for (int i = 0; i < tall; i++) add_halves(wide, w + i * stride + 2 * k, even, odd, sum[i]);
+    }
+    for (int i = 0; i < tall && k < n; i++) {
+        char room[4 * LANES];
+        for (int r = 0; r < wide; r++) even[r] = load(x + r * x_stride + k);
+        for (int r = 0; r < wide; r++) odd[r] = load(x + r * x_stride + k + LANES);
+        const char *rest = rest_of(w + i * stride + 2 * k, 2 * (n - k), room);
+        add_halves(wide, rest, even, odd, sum[i]);
+    }
+    store_sums(tall, wide, sums, sum);
+    s->next = next;
+}
+
+/* Of int8 weights, and of int16 ones that were kept, by rounded activations: exact in the span.
+   keep: the weights stay in s->own, widened, for passes to come. */
 INLINE void whole_pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
                        int64_t j, int64_t first, int64_t n) {
-    const char *w = weights_of(kind, s, first), *next = s->next;
-    const int64_t stride = stride_of(kind, s), cols = s->in->cols, x_stride = padded(cols);
-    const int64_t size = size_of(kind), step = s->step;
-    const int16_t *x = s->in->rounded + j * x_stride + first;
+    const int64_t cols = s->in->cols, x_stride = padded(cols), size = size_of(kind), step = s->step;
+    const int64_t stride = kind == INT8 ? s->w->stride : SPAN;
+    const char *w = kind == INT8 ? weights_of(INT8, s, first) : (const char *)s->own;
+    const char *next = s->next;
+    const int16_t *x = (const int16_t *)s->in->ready + j * x_stride + first;
     const float *steps = s->in->steps + j * n_spans(cols) + first / SPAN;
     int16_t *own = s->own;
-    ints sum[TALL][WIDEST] = {{{0}}};
-    shorts in[WIDEST];
+    ints sum[TALL][WIDE] = {{{0}}};
+    shorts in[WIDE];
     int64_t k = 0;
     for (; k + 2 * LANES <= n; k += 2 * LANES, next += step) {
         fetch(next, 1);
@@ -380,26 +404,23 @@ INLINE void whole_pass(const int kind, const int tall, const int wide, const int
     s->next = next;
 }
 
-INLINE void any_pass(const int kind, const int tall, const int wide, const int keep, Strip *s,
-                     int64_t j, int64_t first, int64_t n) {
-    if (kind == INT8 || kind == INT16) whole_pass(kind, tall, wide, keep, s, j, first, n);
-    else pass(kind, tall, wide, keep, s, j, first, n);
+INLINE void pass(const int kind, const int tall, const int wide, Strip *s, int64_t j,
+                 int64_t first, int64_t n) {
+    if (kind == FLOAT32) float_pass(tall, wide, s, j, first, n);
+    else if (kind == BFLOAT16) half_pass(tall, wide, s, j, first, n);
+    else whole_pass(kind, tall, wide, 0, s, j, first, n);
 }
 
 /* Passes for all rows of activations from row j on. */
 INLINE void passes(const int kind, const int tall, Strip *s, int64_t j, int64_t first, int64_t n) {
-    const int64_t width = kind == BFLOAT16 ? WIDEST : WIDE;
-    for (; j < s->in->n; j += width)
-        switch (s->in->n - j < width ? s->in->n - j : width) {
-        case 1: any_pass(kind, tall, 1, 0, s, j, first, n); break;
-        case 2: any_pass(kind, tall, 2, 0, s, j, first, n); break;
-#if WIDEST > 2
-        case 3: any_pass(kind, tall, 3, 0, s, j, first, n); break;
+    for (; j + WIDE <= s->in->n; j += WIDE) pass(kind, tall, WIDE, s, j, first, n);
+    switch (s->in->n - j) {
+#if WIDE > 2
+    case 3: pass(kind, tall, 3, s, j, first, n); break;
+    case 2: pass(kind, tall, 2, s, j, first, n); break;
 #endif
-#if WIDEST > 3
-        default: any_pass(kind, tall, 4, 0, s, j, first, n);
-#endif
-        }
+    case 1: pass(kind, tall, 1, s, j, first, n);
+    }
 }
 
 /* y = scale * the totals of the sums, for row j of the activations. */
@@ -424,11 +445,8 @@ INLINE void strip(const int kind, const int tall, Strip *s) {
     for (int64_t first = 0; first < cols; first += SPAN) {
         const int64_t n = cols - first < SPAN ? cols - first : SPAN;
         if (kind == INT8 && s->in->n > WIDE) {
-            any_pass(INT8, tall, WIDE, 1, s, 0, first, n);
+            whole_pass(INT8, tall, WIDE, 1, s, 0, first, n);
             passes(INT16, tall, s, WIDE, first, n);
-        } else if (kind == BFLOAT16 && s->in->n > MANY) {
-            any_pass(BFLOAT16, tall, WIDE, 1, s, 0, first, n);
-            passes(FLOAT32, tall, s, WIDE, first, n);
         } else passes(kind, tall, s, 0, first, n);
     }
     for (int64_t j = 0; j < s->in->n; j++) put(tall, s, j);
@@ -437,9 +455,9 @@ INLINE void strip(const int kind, const int tall, Strip *s) {
 INLINE void strips(const int kind, const Matrix *w, int64_t first, int64_t stop, const Rows *in,
                    float *y, int64_t y_stride, float *own) {
     const int64_t row_bytes = w->stride * size_of(kind), n_passes = (in->n - 1) / WIDE + 1;
-    const int64_t step = TALL * LANES * (kind == INT8 ? 2 : size_of(kind)) / n_passes;
-    Strip s = {w, first, in, y, y_stride, own, own + in->n * TALL * LANES, w->data, 0};
-    if (w->stride == w->cols) s.step = step;
+    int16_t *widened = (int16_t *)(own + in->n * TALL * LANES);
+    Strip s = {w, first, in, y, y_stride, own, widened, w->data, 0};
+    if (w->stride == w->cols) s.step = TALL * LANES * (kind == INT8 ? 2 : 4) / n_passes;
     for (; s.first + TALL <= stop; s.first += TALL, s.y += TALL) {
         s.next = (const char *)w->data + (s.first + TALL) * row_bytes;
         strip(kind, TALL, &s);
@@ -455,6 +473,15 @@ static void product(const Matrix *w, int64_t first, int64_t stop, const Rows *in
     case BFLOAT16: strips(BFLOAT16, w, first, stop, in, y, y_stride, own); break;
     default: strips(INT8, w, first, stop, in, y, y_stride, own);
     }
+}
+
+/* Parts the numbers of each two vectors of a row: those at even places first, then the others. */
+static void part_row(const float *x, int64_t cols, float *parted) {
+    for (int64_t k = 0; k < padded(cols); k += 2 * LANES)
+        for (int64_t i = 0; i < LANES; i++) {
+            parted[k + i] = k + 2 * i < cols ? x[k + 2 * i] : 0;
+            parted[k + LANES + i] = k + 2 * i + 1 < cols ? x[k + 2 * i + 1] : 0;
+        }
 }
 
 /* Rounds a row to int16, each span of it to steps of its own: the largest number is 32767 steps.
@@ -484,16 +511,20 @@ static void round_row(const float *x, int64_t cols, int16_t *rounded, float *ste
 }
 
 /* Makes rows ready for products with weights of a kind. */
-static void share_rounding(const Rows *in, int64_t kind) {
-    if (kind != INT8) return;
+static void share_readying(const Rows *in, int64_t kind) {
+    const int64_t width = padded(in->cols);
+    if (kind == FLOAT32) return;
 #pragma omp for
-    for (int64_t j = 0; j < in->n; j++)
-        round_row(in->x + j * in->cols, in->cols, in->rounded + j * padded(in->cols),
-                  in->steps + j * n_spans(in->cols));
+    for (int64_t j = 0; j < in->n; j++) {
+        const float *x = in->x + j * in->cols;
+        if (kind == BFLOAT16) part_row(x, in->cols, (float *)in->ready + j * width);
+        else round_row(x, in->cols, (int16_t *)in->ready + j * width,
+                       in->steps + j * n_spans(in->cols));
+    }
 }
 
-/* y (n, stop - first), with y_stride from row to row, = x (n, cols) times rows first .. stop-1 of w.
-   No barrier at its end. */
+/* y (n, stop - first), with y_stride from row to row, = x (n, cols) times rows first .. stop-1 of
+   w. No barrier at its end. */
 static void share_product(const Matrix *w, int64_t first, int64_t stop, const Rows *in, float *y,
                           int64_t y_stride, float *own) {
 #pragma omp for schedule(dynamic) nowait
@@ -657,11 +688,11 @@ static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scr
     const Layer *l = m->layers + layer;
     const int64_t n = b->n_rows, n_tasks = n * m->n_kv_heads;
     const int64_t n_parts = n < omp_get_num_threads() ? m->n_kv_heads : 1;
-    const Rows in = {n, m->dim, m->norm_input ? s->normed : s->x, s->rounded, s->steps};
-    const Rows attended = {n, l->wo.cols, s->attended, s->rounded, s->steps};
-    const Rows gate = {n, m->ffn_dim, s->gate, s->rounded, s->steps};
+    const Rows in = {n, m->dim, m->norm_input ? s->normed : s->x, s->ready, s->steps};
+    const Rows attended = {n, l->wo.cols, s->attended, s->ready, s->steps};
+    const Rows gate = {n, m->ffn_dim, s->gate, s->ready, s->steps};
     float *own = s->own + omp_get_thread_num() * s->own_size;
-    share_rounding(&in, l->wq.kind);
+    share_readying(&in, l->wq.kind);
     share_product(&l->wq, 0, l->wq.rows, &in, s->q, l->wq.rows, own);
     share_product(&l->wk, 0, l->wk.rows, &in, s->k, l->wk.rows, own);
     share_product(&l->wv, 0, l->wv.rows, &in, s->v, l->wv.rows, own);
@@ -673,14 +704,14 @@ static void share_layer(const Model *m, const Batch *b, int64_t layer, const Scr
     for (int64_t i = 0; i < n * n_parts; i++)
         attend(m, b, layer, i / n_parts, i % n_parts * m->n_kv_heads / n_parts,
                (i % n_parts + 1) * m->n_kv_heads / n_parts, s, own);
-    share_rounding(&attended, l->wo.kind);
+    share_readying(&attended, l->wo.kind);
     share_product(&l->wo, 0, m->dim, &attended, s->branch, m->dim, own);
     BARRIER
     share_residual(m, b, m->norm_input ? l->ffn_norm : l->attention_norm, s);
-    share_rounding(&in, l->w1.kind);
+    share_readying(&in, l->w1.kind);
     share_swiglu(l, &in, s->gate, s->up, own);
     BARRIER
-    share_rounding(&gate, l->w2.kind);
+    share_readying(&gate, l->w2.kind);
     share_product(&l->w2, 0, m->dim, &gate, s->branch, m->dim, own);
     BARRIER
     const float *next = layer + 1 < m->n_layers ? l[1].attention_norm : m->norm;
@@ -696,14 +727,13 @@ static int64_t cut(const Model *m, int64_t n, int64_t n_threads, float *memory, 
     if (q > widest) widest = q;
     const int64_t scores = m->n_heads * m->n_positions, group = m->n_heads / m->n_kv_heads;
     const int64_t sizes[] = {n * m->dim, n * m->dim, n * m->dim, n * q, n * kv, n * kv, n * q,
-                             n * m->ffn_dim, n * m->ffn_dim, n * n_spans(widest)};
+                             n * m->ffn_dim, n * m->ffn_dim, n * n_spans(widest),
+                             n * padded(widest)};
     float **areas[] = {&s->x, &s->normed, &s->branch, &s->q, &s->k, &s->v, &s->attended,
-                       &s->gate, &s->up, &s->steps};
+                       &s->gate, &s->up, &s->steps, &s->ready};
     int64_t used = 0;
-    for (int i = 0; i < 10; used += padded(sizes[i++]))
+    for (int i = 0; i < 11; used += padded(sizes[i++]))
         if (memory) *areas[i] = memory + used;
-    s->rounded = memory ? (int16_t *)(memory + used) : 0;
-    used += padded(n * padded(widest) / 2);
     s->own = memory ? memory + used : 0;
     s->own_size = padded(scores + strip_floats(n > group ? n : group));
     return used + n_threads * s->own_size;
@@ -724,7 +754,7 @@ int64_t hidden_floats(const Model *m, int64_t n_rows, int64_t n_threads) {
 }
 
 int64_t logits_floats(const Matrix *head, int64_t n_rows, int64_t n_threads) {
-    return padded(n_rows * n_spans(head->cols)) + n_rows * padded(head->cols) / 2 +
+    return padded(n_rows * n_spans(head->cols)) + n_rows * padded(head->cols) +
            n_threads * strip_floats(n_rows);
 }
 
@@ -785,12 +815,12 @@ int64_t step_hidden(const Model *m, const Batch *b, float *memory, float *hidden
 void step_logits(const Matrix *head, int64_t first, int64_t stop, const float *hidden, int64_t n,
                  float *memory, float *logits, int64_t stride, int n_threads) {
     const int64_t n_steps = padded(n * n_spans(head->cols)), width = padded(head->cols);
-    const Rows in = {n, head->cols, hidden, (int16_t *)(memory + n_steps), memory};
-    float *areas = memory + n_steps + n * width / 2;
+    const Rows in = {n, head->cols, hidden, memory + n_steps, memory};
+    float *areas = memory + n_steps + n * width;
 #pragma omp parallel num_threads(n_threads)
     {
         float *own = areas + omp_get_thread_num() * strip_floats(n);
-        share_rounding(&in, head->kind);
+        share_readying(&in, head->kind);
         share_product(head, first, stop, &in, logits, stride, own);
     }
 }

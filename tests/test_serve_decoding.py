@@ -210,21 +210,27 @@ def test_a_decoder_whose_server_is_gone_does_not_hang_for_ever() -> None:
         assert time.monotonic() - begin < 5
 
 
-def test_a_picture_that_hangs_holds_up_nobody_else(tiny: Chameleon) -> None:
-    with serving(lambda: tiny, name="tiny") as running, ThreadPoolExecutor(1) as pool:
+def test_pictures_that_hang_hold_up_nobody_else(tiny: Chameleon) -> None:
+    with serving(lambda: tiny, name="tiny") as running, ThreadPoolExecutor(2) as pool:
         decoders = running.service.decoders = Decoders(2, program(HANG), 60.0)
-        hangs = pool.submit(running.ask, "POST", RESPONSES, body(EVIL))
-        until(lambda: any(decoder.pid for decoder in decoders.all))
-        (pid,) = [decoder.pid for decoder in decoders.all if decoder.pid]
         words = {"input": "a cat", "max_output_tokens": 1}
-        for other in (words, body(GOOD), words, body(GOOD)):
-            assert running.ask("POST", RESPONSES, other)[0] == 200
+        drawn = {"prompt": "a cat"}
+        hang = []
+        for n, others in ((1, (words, body(GOOD), words, body(GOOD))), (2, (words, words))):
+            hang.append(pool.submit(running.ask, "POST", RESPONSES, body(EVIL)))
+            until(lambda n=n: sum(decoder.pid is not None for decoder in decoders.all) >= n)
+            for other in others:
+                assert running.ask("POST", RESPONSES, other)[0] == 200
+            assert running.ask("POST", "/v1/images/generations", drawn)[0] == 200
             assert running.ask("GET", "/ready")[0] == 200
-        assert not hangs.done()
-        os.kill(pid, signal.SIGKILL)
-        status, _, answer = hangs.result()
-        assert (status, answer["error"]["code"]) == (400, "invalid_image")
-        assert answer["error"]["param"] == "input[0].content[0].image_url"
+        assert not any(one.done() for one in hang)
+        for decoder in decoders.all:
+            assert decoder.pid is not None
+            os.kill(decoder.pid, signal.SIGKILL)
+        for one in hang:
+            status, _, answer = one.result()
+            assert (status, answer["error"]["code"]) == (400, "invalid_image")
+            assert answer["error"]["param"] == "input[0].content[0].image_url"
         assert running.ask("POST", RESPONSES, body(GOOD))[0] == 200
 
 

@@ -18,12 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 from serving import Running, serving, start, until
 
-from openchameleon import Chameleon
+from openchameleon import Chameleon, Document, Image
 from openchameleon.checkpoints.convert import convert
 from openchameleon.errors import UserError
+from openchameleon.image_io import png_base64
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.sequence import Sequence
 from openchameleon.model.transformer import Transformer
@@ -223,6 +225,41 @@ class Engines:
         engine = Engine(model.model, model.config.vocab)
         self.made.append(weakref.ref(engine))
         return engine
+
+
+def test_a_picture_that_is_read_meanwhile_is_answered_by_the_model_that_reads_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(data: bytes) -> PIL.Image.Image:
+        begun.set()
+        assert go.wait(60)
+        return picture
+
+    old, begun, go = (
+        Chameleon.from_pretrained(folder, device="cpu"),
+        threading.Event(),
+        threading.Event(),
+    )
+    picture = PIL.Image.linear_gradient("L").convert("RGB")
+    url = f"data:image/png;base64,{png_base64(picture)}"
+    asked = ASKED | {"input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": url}]}]}  # fmt: skip
+    with served(folder) as running, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(running.service.decoders, "decode", decode)
+        before = pool.submit(ask, running, RESPONSES, asked)
+        assert begun.wait(60)
+        new = replaced(folder)
+        reload = pool.submit(ask, running, RELOAD)
+        until(lambda: not running.service._stays.is_set())
+        time.sleep(0.1)  # in which it could go wrong
+        assert not reload.done()
+        go.set()
+        prompt = Document([Image(picture)])
+        texts = [m.generate(prompt, temperature=0.0, mode="text").text for m in (old, new)]
+        assert texts[0] != texts[1]
+        assert text_of(before.result()[1]) == texts[0]
+        assert reload.result()[0] == 200
+        assert text_of(ask(running, RESPONSES, asked)[1]) == texts[1]
 
 
 def test_a_new_model_that_no_engine_can_be_made_for_is_not_taken(

@@ -289,6 +289,7 @@ def test_what_comes_too_slowly_is_given_up(fetcher: Fetcher, pictures: Server, p
     message = refused(fetcher, at(pictures, path), "image_not_fetched", seconds=0.4)
     assert time.monotonic() - begin < 5
     assert "did not come" in message
+    until(lambda: not any(thread.name == "fetch" for thread in threading.enumerate()), 5)
     assert get(fetcher, at(pictures, "good.png")) == PNG
 
 

@@ -310,7 +310,7 @@ def crowd(n: int, rounds: int) -> None:
         until(lambda: is_idle(running))
     if rounds > 1:  # the first one fills the cache and the allocator's own
         assert max(sizes[1:]) <= 1.02 * sizes[1]
-    assert max(sizes) <= 1.15 * sizes[0]
+    assert max(sizes) <= 1.25 * sizes[0]  # the cache may double once more, from 36 to 72 MB
     assert running.metric("openchameleon_first_token_seconds_count") == (rounds + 1) * n
 
 
@@ -414,6 +414,21 @@ def test_a_whole_answer_that_crashes_is_a_500_with_its_id(
         until(lambda n=n_crashes: len(engines) == n + 1 and gated.service.ready)
         engines[-1].crash = RuntimeError("again")
         engines[-1].let(1)
+
+
+def test_of_several_answers_one_that_crashes_ends_all(
+    tiny: Chameleon, engines: list[Gated]
+) -> None:
+    with serving(lambda: tiny, engine=gate(engines), name="tiny", max_running=1) as running:
+        engines[0].crash = RuntimeError("the first of them")
+        engines[0].let(1)
+        body = {"messages": [{"role": "user", "content": "a"}], "n": 3}
+        try:
+            assert running.ask("POST", CHAT, body)[0] == 500  # no engine lets the others on
+            until(lambda: is_idle(running))
+        finally:
+            for engine in engines:
+                engine.let(10**6)
 
 
 def test_an_engine_that_only_crashes_makes_the_server_unhealthy(

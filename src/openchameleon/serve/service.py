@@ -236,20 +236,22 @@ class Service:
             self.worker.cancel(answer.job, "stop" if answer.stopped else "aborted")
 
     async def collect(self, http: HTTPRequest, answers: Sequence[Answer]) -> None:
-        """Follows answers to their end, or until the client has gone. ApiError if one failed."""
+        """Follows answers to their end, or until the client has gone.
+
+        ApiError as soon as one failed: the others, which nobody would get, end with it.
+        """
         try:
             await unless_gone(http, asyncio.gather(*(self._follow(a) for a in answers)))
         finally:
             self.cancel(answers)
-        for answer in answers:
-            if error := failure_of(answer.job):
-                raise error
 
     async def _follow(self, answer: Answer) -> None:
         async for _ in answer.pieces(self.pool):
             pass
         if answer.stopped:
             self.cancel([answer])
+        if error := failure_of(answer.job):
+            raise error
 
     def _make_engine(self, model: Chameleon | None = None) -> Engine:
         gc.collect()

@@ -113,6 +113,7 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
 
     def slow_step(self: Engine) -> object:
+        self.lookahead = 0  # a code a step: pictures would be whole before one could look
         time.sleep(0.03)
         return step(self)
 

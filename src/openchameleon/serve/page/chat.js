@@ -116,7 +116,10 @@ export class Chat {
           applyEvent(turn, event);
           this.on.change();
         }
-        return;
+        // Cut before its first word: the prompt fills the context, or nearly.
+        const cut = turn.note && !turn.parts.length && !settings.max_output_tokens;
+        if (!cut || !forgetOldest(conversation)) return;
+        turn.note = "";
       } catch (error) {
         if (!FORGETTING.includes(error.code) || !forgetOldest(conversation)) throw error;
       }

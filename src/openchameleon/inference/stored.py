@@ -1,7 +1,8 @@
 """Weights held in fewer bytes than they are computed with: int8 with a scale a row, or bfloat16.
 
 Applied from outside to a loaded model, for generating: decoding is bound by the bytes of the
-weights. Activations keep their type. Norms are not touched, nor is the embedding table by int8.
+weights. Activations keep their type here; for int8 the native step rounds them too (step.c). Norms
+are not touched, nor is the embedding table by int8.
 """
 
 from __future__ import annotations

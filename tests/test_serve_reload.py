@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -82,6 +82,16 @@ class Waiting(Engine):
     def step(self) -> list[Sequence]:
         assert self.go.wait(60)
         return super().step()
+
+
+def waiting_in(engines: list[Waiting]) -> Callable[[Chameleon], Engine]:
+    """Makes engines that wait, the newest last of `engines`."""
+
+    def make(model: Chameleon) -> Engine:
+        engines.append(Waiting(model))
+        return engines[-1]
+
+    return make
 
 
 def test_a_model_that_is_loaded_anew_takes_the_place_of_the_old_one(folder: Path) -> None:
@@ -180,9 +190,7 @@ def test_answers_under_way_end_with_the_old_model_and_new_ones_wait_for_the_new(
 ) -> None:
     old, engines = Chameleon.from_pretrained(folder, device="cpu"), []
 
-    def waiting(model: Chameleon) -> Engine:
-        engines.append(Waiting(model))
-        return engines[-1]
+    waiting = waiting_in(engines)
 
     with (
         served(folder, engine=waiting, max_running=1) as running,
@@ -304,9 +312,7 @@ def test_an_engine_that_crashes_while_a_new_model_waits_leaves_its_place_to_it(
 ) -> None:
     engines: list[Waiting] = []
 
-    def waiting(model: Chameleon) -> Engine:
-        engines.append(Waiting(model))
-        return engines[-1]
+    waiting = waiting_in(engines)
 
     with served(folder, engine=waiting) as running, ThreadPoolExecutor(2) as pool:
         lost = pool.submit(ask, running)
@@ -333,9 +339,7 @@ def test_a_model_that_several_processes_share_is_not_loaded_anew(folder: Path) -
 def test_a_server_ends_while_a_model_waits_for_its_place(folder: Path) -> None:
     engines: list[Waiting] = []
 
-    def waiting(model: Chameleon) -> Engine:
-        engines.append(Waiting(model))
-        return engines[-1]
+    waiting = waiting_in(engines)
 
     with (
         served(folder, engine=waiting, drain=0.1) as running,

@@ -102,9 +102,9 @@ def finite_rows(logits: Tensor, scores: Tensor, allowed: Tensor | None) -> Tenso
 
 def first_largest(scores: Tensor) -> Tensor:
     """`scores.argmax(-1)`, of (R, V): in two stages, which is several times quicker on a CPU."""
-    groups = F.pad(scores, (0, -scores.shape[-1] % GROUP), value=-torch.inf).unflatten(
-        -1, (-1, GROUP)
-    )
+    if rest := scores.shape[-1] % GROUP:  # only then: it copies all of it
+        scores = F.pad(scores, (0, GROUP - rest), value=-torch.inf)
+    groups = scores.unflatten(-1, (-1, GROUP))
     first = groups.amax(-1).argmax(-1)
     return first * GROUP + groups[torch.arange(len(scores), device=scores.device), first].argmax(-1)
 

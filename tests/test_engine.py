@@ -18,7 +18,7 @@ from openchameleon.inference.modality import scan_prompt
 from openchameleon.inference.native.step import SWITCH
 from openchameleon.inference.params import ModalityParams, SamplingParams
 from openchameleon.inference.reference import generate_reference, reference_logits
-from openchameleon.inference.runner import native_cuts, read_cuts
+from openchameleon.inference.runner import read_cuts, step_cuts
 from openchameleon.inference.sequence import Completion, Request
 from openchameleon.model.config import ModelConfig
 from openchameleon.model.transformer import Transformer
@@ -380,10 +380,10 @@ def test_model_calls_bound_their_padding() -> None:
     assert read_cuts([1, 1, 2, 3, 4, 5, 40]) == [0, 5, 6, 7]
 
 
-def test_native_calls_bound_their_rows() -> None:
-    assert native_cuts([]) == [0]
-    assert native_cuts([7]) == [0, 1]
-    assert native_cuts([1] * 250 + [6, 1, 30]) == [0, 251, 253]
+def test_calls_of_the_faster_step_bound_their_rows() -> None:
+    assert step_cuts([]) == [0]
+    assert step_cuts([7]) == [0, 1]
+    assert step_cuts([1] * 250 + [6, 1, 30]) == [0, 251, 253]
 
 
 @pytest.mark.parametrize(("lookahead", "block_size"), [(0, 16), (1, 2), (3, 3)])

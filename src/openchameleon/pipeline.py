@@ -107,6 +107,7 @@ class Chameleon:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         allow_pickle: bool = False,
+        compiled: bool = False,
     ) -> Chameleon:
         """Loads an embedded model by its name, or a folder: ours, Hugging Face's or Meta's.
 
@@ -115,11 +116,17 @@ class Chameleon:
         in half the memory, and arithmetic is float32 still. "int8" rounds the weights to a quarter,
         on any device; such a model generates faster and cannot be saved.
         allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
+        compiled: on a GPU, the step that writes is compiled and replayed as a graph: the first
+        answer takes a minute longer, the others less. UserError on a CPU.
         All of it is in memory then: nothing that happens to the files changes it.
         UserError says what was looked for, or which file is missing or damaged.
         """
         folder = find_model(str(name_or_folder))
         place = _device(device)
+        if compiled and place.type == "cpu":
+            raise UserError(
+                "Compiling is for a GPU; on a CPU a native step does more, and by itself."
+            )
         kind, stored = _dtype(dtype, place)
         if layout_of(folder) != "native" or (folder / f"{WEIGHTS}.index.json").is_file():
             config, model, tokenizer = _from_checkpoint(folder, place, kind, allow_pickle)
@@ -130,7 +137,8 @@ class Chameleon:
         if stored is not None:
             store_weights(model, stored, torch.float32 if place.type == "cpu" else None)
         _into_memory(model)
-        return Chameleon(config, model, tokenizer)
+        engine = Engine(model, config.vocab, compiled=True) if compiled else None
+        return Chameleon(config, model, tokenizer, engine)
 
     def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
         """Writes the model folder, whole or not at all; a model folder that is there is replaced.

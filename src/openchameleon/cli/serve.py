@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         " given again (none)")  # fmt: skip
     parser.add_argument("--device", help="such as cuda:1 (the GPU where there is one)")
     add_dtype(parser)
+    parser.add_argument("--compile", action="store_true",
+                        help="on a GPU: compile the step; starts slowly")  # fmt: skip
     parser.add_argument("--tensor", type=int, default=1, metavar="N",
                         help="processes that compute the model together (%(default)s)")  # fmt: skip
     parser.add_argument("--allow-pickle", action="store_true",
@@ -72,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
         print("openchameleon: others can reach this address and no --api-key is set: whoever does"
               " may use the model.", file=sys.stderr)  # fmt: skip
     if options.tensor == 1:
-        source = ServedFolder(folder, options.device, options.dtype, options.allow_pickle)
+        source = ServedFolder(
+            folder, options.device, options.dtype, options.allow_pickle, options.compile
+        )
         serve(settings, source.load, options.host, options.port, load_anew=source.load_anew)
         return 0
     from openchameleon.serve.parallel import with_model
@@ -91,6 +95,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--max-running and --max-open are at least 1.")
     if options.tensor != 1 and options.device is not None:
         raise UserError("--tensor gives each process a device of its own; leave --device out.")
+    if options.tensor != 1 and options.compile:
+        raise UserError("--compile is for a model in one process; leave it or --tensor out.")
     if not 0 <= options.drain < 1e6:
         raise UserError(f"--drain {options.drain} is not a time in seconds.")
     if options.api_key and not options.api_key.isascii():

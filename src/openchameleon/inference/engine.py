@@ -21,6 +21,7 @@ from openchameleon.inference.guidance import combine, guidance_streams
 from openchameleon.inference.kv_cache import KVPool
 from openchameleon.inference.lookahead import n_right, next_guess
 from openchameleon.inference.modality import ModalityTable, after_codes
+from openchameleon.inference.params import SamplingParams
 from openchameleon.inference.runner import Runner
 from openchameleon.inference.sampling import RowParams, Sampled, sample
 from openchameleon.inference.scheduler import Scheduler
@@ -43,6 +44,7 @@ class Engine:
     of prompts read in a step. cache_tokens: positions of all streams that are held at most; None
     is what max_batch rows need, or as much of it as there is memory for. lookahead: codes of a
     picture that are guessed ahead at most (see lookahead.py); fewer where many streams run.
+    compiled: the step is compiled by PyTorch (see compiled.py), for a GPU.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         block_size: int = BLOCK_SIZE,
         cache_tokens: int | None = None,
         lookahead: int = 16,
+        compiled: bool = False,
     ) -> None:
         if model.config.vocab_size != vocab.size:
             raise ValueError(f"vocab has {vocab.size} ids, the model {model.config.vocab_size}")
@@ -67,7 +70,7 @@ class Engine:
         self.blocks = BlockManager(cache_tokens // block_size, block_size)
         self.scheduler = Scheduler(self.blocks, max_batch, max_prefill)
         pool = KVPool(model.config.n_layers, self.blocks.n_blocks, block_size)
-        self.runner = Runner(model, pool, vocab)
+        self.runner = Runner(model, pool, vocab, compiled)
         self._arrivals, self._weights = count(), weights_of(model)
         self._lock = threading.RLock()
 
@@ -75,6 +78,16 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything is under way. A step that reads prompts only gives nobody an id."""
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
+    def compiled(self) -> bool:
+        return self.runner.compiled
+
+    def warm_up(self) -> None:
+        """Writes a few ids for nobody: what is compiled at first use is compiled then."""
+        request = Request([self.vocab.bos_id], SamplingParams(mode="text", max_tokens=2))
+        for n_streams in (1, 3):  # one alone, and any number
+            self.generate([request] * n_streams)
 
     def add(self, request: Request) -> Sequence:
         """Lets a request in, to be moved on by `step`. UserError if it cannot be answered.
@@ -201,7 +214,7 @@ class Engine:
             logits = combine(logits, *guided_rows(group, logits.device))
         ids, ok = self._draw(group, logits)
         rows = torch.stack([ids + r.first_id, ok.long()], 1).tolist()
-        start = 0
+        start, longest = 0, self._longest_guess()
         for sequence in group:
             stop = start + 1 + len(sequence.guess)
             drawn, fine = [i for i, _ in rows[start:stop]], [ok for _, ok in rows[start:stop]]
@@ -211,7 +224,7 @@ class Engine:
                 self._finish(sequence, "nonfinite_logits")
                 continue
             state = after_codes(sequence.state, n_codes)
-            guess = next_guess(drawn, n_codes - 1, state[1], self._longest_guess())
+            guess = next_guess(drawn, n_codes - 1, state[1], longest)
             self._append(sequence, drawn[:n_codes], state)
             sequence.set_guess(guess)
 

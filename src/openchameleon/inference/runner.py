@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openchameleon.inference.blocks import NULL_BLOCK
+from openchameleon.inference.compiled import CompiledStep
 from openchameleon.inference.kv_cache import KVPool
 from openchameleon.inference.native.step import NativeStep
 from openchameleon.inference.scheduler import Read
@@ -17,34 +18,37 @@ from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import Vocab
 
 SHORT, MAX_ROWS = 32, 256
-"""New ids of a stream that the native step reads rather than PyTorch, and of one of its calls."""
+"""New ids of a stream that the faster step reads rather than PyTorch, and of one of its calls."""
 
 
 class Runner:
-    """A model and the cache that it reads into."""
+    """A model and the cache that it reads into.
 
-    def __init__(self, model: Transformer, pool: KVPool, vocab: Vocab) -> None:
-        self.model, self.pool, self.vocab = model, pool, vocab
+    compiled: few new ids are read by `CompiledStep`.
+    """
+
+    def __init__(self, model: Transformer, pool: KVPool, vocab: Vocab, compiled: bool) -> None:
+        self.model, self.pool, self.vocab, self.compiled = model, pool, vocab, compiled
         self.text_spans = vocab.spans_outside_codes()
 
     @cached_property
-    def native(self) -> NativeStep | None:
+    def step(self) -> NativeStep | CompiledStep | None:
         """The faster way for few new ids, where there is one; made when it is first asked for."""
-        return NativeStep.of(self.model)
+        return CompiledStep(self.model) if self.compiled else NativeStep.of(self.model)
 
     def renew(self) -> None:
         """To be called when weights were replaced."""
-        self.__dict__.pop("native", None)
+        self.__dict__.pop("step", None)
 
     def read(self, reads: list[Read]) -> None:
         """Reads the planned ids, alike numbers of them together; fills in `hidden` at the end."""
         reads = sorted(reads, key=lambda read: read[1])
         n_short = 0
-        if self.native is not None:
+        if self.step is not None:
             n_short = sum(n <= SHORT for _, n in reads)
-            for start, stop in pairwise(native_cuts([n for _, n in reads[:n_short]])):
+            for start, stop in pairwise(step_cuts([n for _, n in reads[:n_short]])):
                 group = reads[start:stop]
-                self._fill(group, self._call_native(self.native, group))
+                self._fill(group, self._call_step(self.step, group))
         reads = reads[n_short:]
         for start, stop in pairwise(read_cuts([n for _, n in reads])):
             group = reads[start:stop]
@@ -58,16 +62,16 @@ class Runner:
 
     def logits(self, hidden: Tensor, first_id: int, stop_id: int) -> Tensor:
         """Float32 logits (R, stop_id - first_id) of hidden states (R, C)."""
-        if self.native is not None:
-            return self.native.logits(hidden, first_id, stop_id)
+        if self.step is not None:
+            return self.step.logits(hidden, first_id, stop_id)
         return self.model.logits(hidden, first_id, stop_id)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (R, V) of the ids that may stand outside of codes; others may be 0."""
         out = torch.zeros(len(hidden), self.vocab.size, device=hidden.device)
         for first, stop in self.text_spans:
-            if self.native is not None:
-                self.native.logits(hidden, first, stop, out)
+            if self.step is not None:
+                self.step.logits(hidden, first, stop, out)
             else:
                 out[:, first:stop] = self.model.logits(hidden, first, stop)
         return out
@@ -82,15 +86,15 @@ class Runner:
         token_ids = torch.tensor(padded, device=device)
         return self.model.hidden(token_ids, view.positions, view.mask, view)
 
-    def _call_native(self, native: NativeStep, reads: list[Read]) -> tuple[Tensor, ...]:
-        """The native step over all new ids, each a row of its own -> hidden of each stream."""
+    def _call_step(self, step: NativeStep | CompiledStep, reads: list[Read]) -> tuple[Tensor, ...]:
+        """The faster step over all new ids, each a row of its own -> hidden of each stream."""
         counts = [n for _, n in reads]
         width = max(len(stream.blocks) for stream, _ in reads)
         tables = [s.blocks + [NULL_BLOCK] * (width - len(s.blocks)) for s, _ in reads]
         n_blocks = 1 + max(map(max, tables))
         layers = range(self.model.config.n_layers)
-        storage = [self.pool.storage(layer, n_blocks, native.like) for layer in layers]
-        hidden = native.hidden(
+        storage = [self.pool.storage(layer, n_blocks, step.like) for layer in layers]
+        hidden = step.hidden(
             torch.tensor([*chain(*new_ids(reads))]),
             torch.tensor([*chain(*(range(s.n_read, s.n_read + n) for s, n in reads))]),
             torch.tensor(tables).repeat_interleave(torch.tensor(counts), 0),
@@ -104,8 +108,8 @@ def new_ids(reads: list[Read]) -> list[list[int]]:
     return [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
 
 
-def native_cuts(counts: list[int]) -> list[int]:
-    """Where to cut counts into native calls of at most MAX_ROWS ids: 0, ..., len(counts)."""
+def step_cuts(counts: list[int]) -> list[int]:
+    """Where to cut counts into its calls of at most MAX_ROWS ids: 0, ..., len(counts)."""
     cuts, n_rows = [0], 0
     for stop, count in enumerate(counts):
         if n_rows + count > MAX_ROWS and n_rows:

@@ -18,10 +18,13 @@ class ServedFolder:
     device: str | None = None
     dtype: str | None = None
     allow_pickle: bool = False
+    compiled: bool = False
 
     def load(self) -> Chameleon:
         """The model. Errors as of `Chameleon.from_pretrained`."""
-        return Chameleon.from_pretrained(self.folder, self.device, self.dtype, self.allow_pickle)
+        return Chameleon.from_pretrained(
+            self.folder, self.device, self.dtype, self.allow_pickle, self.compiled
+        )
 
     def load_anew(self) -> Chameleon:
         """`load`, after the files were compared with the manifest, where `convert` has left one.

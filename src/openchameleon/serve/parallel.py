@@ -89,11 +89,10 @@ def _in_world(
         config, model = load_part(name_or_folder, world, dtype, allow_pickle)
         orders = Orders(world)
         n_tokens = orders.least(default_cache_tokens(model, MAX_BATCH, BLOCK_SIZE))
-        sizes = {"cache_tokens": n_tokens}
         if not world.is_main:
-            follow(Engine(model, config.vocab, **sizes), orders)
+            follow(Engine(model, config.vocab, cache_tokens=n_tokens), orders)
             return 0
-        engine = LeadingEngine(orders, model, config.vocab, **sizes)
+        engine = LeadingEngine(orders, model, config.vocab, cache_tokens=n_tokens)
         try:
             tokenizer = load_tokenizer(name_or_folder, world.device, allow_pickle)
             return work(Chameleon(config, model, tokenizer, engine))

@@ -261,7 +261,10 @@ class Service:
 
 
 def new_engine(model: Chameleon) -> Engine:
-    return Engine(model.model, model.config.vocab)
+    engine = Engine(model.model, model.config.vocab, compiled=model.engine.compiled)
+    if engine.compiled:
+        engine.warm_up()  # so that nobody waits for it
+    return engine
 
 
 def failure_of(job: Job) -> ApiError | None:

@@ -1,0 +1,190 @@
+"""The step in fixed shapes against the transformer; in one test compiled, on a CPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_cli import refusal
+from test_native import VARIANTS, model_of, some_ids
+from torch import Tensor
+
+from openchameleon.errors import UserError
+from openchameleon.inference.blocks import NULL_BLOCK
+from openchameleon.inference.compiled import CompiledStep, padded
+from openchameleon.inference.engine import Engine
+from openchameleon.inference.kv_cache import WASTE_SLOT
+from openchameleon.inference.params import ModalityParams, SamplingParams
+from openchameleon.inference.sequence import Request
+from openchameleon.inference.stored import store_weights
+from openchameleon.model.transformer import Transformer
+from openchameleon.pipeline import Chameleon
+from openchameleon.serve.service import new_engine
+from openchameleon.vocab import Vocab
+
+VOCAB = Vocab.compact(48, 4, 76)  # 131 ids, as the models of test_native have
+GREEDY = ModalityParams(temperature=0.0)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would be compiled runs as it is. What was asked to be compiled."""
+    asked: list[Any] = []
+
+    def keep(function: Any, **options: Any) -> Any:
+        asked.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", keep)
+    return asked
+
+
+class Pool:
+    """Blocks in an order of chance, full of what nobody may read but for the null block's zeros."""
+
+    def __init__(self, model: Transformer, n_rows: int, length: int, block_size: int) -> None:
+        config, width = model.config, -(-length // block_size)
+        self.tables = 1 + torch.randperm(n_rows * width).reshape(n_rows, width)
+        shape = (n_rows * width + 1, block_size, config.n_kv_heads, config.head_dim)
+        self.storage = [
+            (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
+            for _ in range(config.n_layers)
+        ]
+        for keys, values in self.storage:
+            keys[NULL_BLOCK] = values[NULL_BLOCK] = 0.0
+
+
+def decoded(model: Transformer, step: CompiledStep, token_ids: Tensor, block_size: int) -> Tensor:
+    """Hidden states (R, T, C), a step for each position."""
+    n_rows, length = token_ids.shape
+    pool = Pool(model, n_rows, length, block_size)
+    hidden = [
+        step.hidden(token_ids[:, t], torch.full((n_rows,), t), pool.tables, pool.storage)
+        for t in range(length)
+    ]
+    return torch.stack(hidden, 1)
+
+
+def equals_the_transformer(
+    model: Transformer, step: CompiledStep, n_rows: int, block_size: int
+) -> None:
+    token_ids = some_ids(model, n_rows, 19)
+    hidden = decoded(model, step, token_ids, block_size)
+    torch.testing.assert_close(hidden, model.hidden(token_ids), atol=1e-4, rtol=1e-4)
+    wanted = model(token_ids).flatten(0, 1)
+    logits = step.logits(hidden.flatten(0, 1), 5, 60)
+    torch.testing.assert_close(logits, wanted[:, 5:60], atol=1e-4, rtol=1e-4)
+    out = torch.zeros(len(wanted), model.config.vocab_size)
+    assert step.logits(hidden.flatten(0, 1), 5, 60, out) is out
+    assert torch.equal(out[:, 5:60], logits)
+    assert not out[:, :5].any()
+    assert not out[:, 60:].any()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_architecture_equals_the_transformer(variant: str) -> None:
+    model = model_of(**VARIANTS[variant])
+    equals_the_transformer(model, CompiledStep(model), n_rows=3, block_size=16)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 17])
+@pytest.mark.parametrize("block_size", [2, 5])
+def test_any_number_of_rows_and_any_block_equal_the_transformer(
+    n_rows: int, block_size: int
+) -> None:
+    model = model_of(norm_placement="output")
+    equals_the_transformer(model, CompiledStep(model), n_rows, block_size)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_weights_held_in_fewer_bytes_equal_the_plain_way(kind: Any) -> None:
+    model = model_of(tie_embeddings=True)
+    store_weights(model, kind)
+    equals_the_transformer(model, CompiledStep(model), n_rows=3, block_size=4)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_rows_may_be_neighbours_in_one_stream() -> None:
+    model = model_of(n_kv_heads=2)
+    token_ids, pool = some_ids(model, 1, 23), Pool(model, 1, 23, block_size=4)
+    step = CompiledStep(model)
+    got = [
+        step.hidden(
+            token_ids[0, first:stop], torch.arange(first, stop),
+            pool.tables.expand(stop - first, -1), pool.storage,
+        )
+        for first, stop in ((0, 7), (7, 8), (8, 23))
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.cat(got), model.hidden(token_ids)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_and_blocks_are_padded_to_powers_of_two_with_what_nobody_reads() -> None:
+    ids, positions, tables = torch.tensor([7, 8, 9]), torch.tensor([3, 4, 80]), torch.ones(3, 6)
+    rows = padded(ids, positions, tables.long())
+    assert rows.shape == (4, 2 + 8)
+    assert rows[:3, :2].tolist() == [[7, 3], [8, 4], [9, 80]]
+    assert rows[:3, 2:].tolist() == [[1] * 6 + [NULL_BLOCK] * 2] * 3
+    assert rows[3].tolist() == [0, WASTE_SLOT] + [NULL_BLOCK] * 8
+    assert padded(ids[:1], positions[:1], tables[:1, :1].long()).shape == (1, 2 + 4)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_an_engine_writes_the_same_ids_with_it(
+    guidance: float | None, uncompiled: list[Any]
+) -> None:
+    model = model_of()
+    model.output.weight.data *= 25  # else all logits are nearly alike and every choice a tie
+    modes: list[Any] = ["text", "image", "interleaved", "image", "text"]
+    requests = [
+        Request(
+            [VOCAB.bos_id, *range(VOCAB.text_start, VOCAB.text_start + 3 * i)],
+            SamplingParams(GREEDY, GREEDY, mode=mode, max_tokens=30, guidance_text=guidance),
+        )
+        for i, mode in enumerate(modes)
+    ]
+    plain = Engine(model, VOCAB).generate(requests)
+    assert not uncompiled
+    engine = Engine(model, VOCAB, compiled=True)
+    assert engine.generate(requests) == plain
+    assert len(uncompiled) == 2  # the step and the logits, once
+    assert engine.blocks.n_held == 0
+
+
+def test_a_server_s_engine_is_warm_before_anybody_asks(uncompiled: list[Any]) -> None:
+    model = model_of()
+    chameleon: Any = SimpleNamespace(
+        model=model, config=SimpleNamespace(vocab=VOCAB), engine=Engine(model, VOCAB, compiled=True)
+    )
+    engine = new_engine(chameleon)
+    assert engine.compiled
+    assert len(uncompiled) == 2
+    assert not engine.busy
+    assert engine.blocks.n_held == 0
+
+
+def test_compiling_is_refused_where_it_is_not_for(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="Compiling is for a GPU"):
+        Chameleon.from_pretrained(model_folder, device="cpu", compiled=True)
+    assert "--tensor" in refusal(capsys, "serve", "--compile", "--tensor", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_what_pytorch_compiles_equals_the_transformer_in_two_graphs() -> None:
+    torch._dynamo.reset()
+    model = model_of(norm_placement="output", n_kv_heads=2)
+    step = CompiledStep(model)
+    for n_rows, block_size in ((1, 16), (3, 5), (8, 16), (17, 16), (5, 2)):
+        token_ids = some_ids(model, n_rows, 19)
+        hidden = decoded(model, step, token_ids, block_size)
+        torch.testing.assert_close(hidden, model.hidden(token_ids), atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -49,7 +49,9 @@ def once(run: Run) -> dict[str, float]:
 
 def report(bench: str, out: Path | None, sizes: Mapping[str, Any], **values: Any) -> None:
     """Prints one line, and appends it to `out`."""
-    where = {"device": f"cpu: {_proc('cpuinfo', 'model name')}", "dtype": "float32"}
+    cpu = f"cpu: {_proc('cpuinfo', 'model name')}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    where = {"device": device, "dtype": "float32"}
     line = {"bench": bench, **where, "threads": torch.get_num_threads(), "sizes": sizes, **values}
     # Both while it ran, where the line has its CPU time, and now.
     starved = "cpu_seconds" in values and values["cpu_seconds"] < 0.5 * values["seconds"]

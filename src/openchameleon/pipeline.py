@@ -117,15 +117,16 @@ class Chameleon:
         on any device; such a model generates faster and cannot be saved.
         allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
         compiled: on a GPU, the step that writes is compiled and replayed as a graph: the first
-        answer takes a minute longer, the others less. UserError on a CPU.
+        answer takes a minute longer, the others less. UserError where it is not a CUDA device.
         All of it is in memory then: nothing that happens to the files changes it.
         UserError says what was looked for, or which file is missing or damaged.
         """
         folder = find_model(str(name_or_folder))
         place = _device(device)
-        if compiled and place.type == "cpu":
+        if compiled and place.type != "cuda":
             raise UserError(
-                "Compiling is for a GPU; on a CPU a native step does more, and by itself."
+                f"Compiling is for a CUDA GPU, and this is {place.type}; on a CPU a native step"
+                " does more, and by itself."
             )
         kind, stored = _dtype(dtype, place)
         if layout_of(folder) != "native" or (folder / f"{WEIGHTS}.index.json").is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from test_native import VARIANTS, model_of, some_ids
 from torch import Tensor
 
 from openchameleon.errors import UserError
+from openchameleon.inference import compiled
 from openchameleon.inference.blocks import NULL_BLOCK
 from openchameleon.inference.compiled import CompiledStep, padded
 from openchameleon.inference.engine import Engine
@@ -153,7 +156,7 @@ def test_an_engine_writes_the_same_ids_with_it(
     assert not uncompiled
     engine = Engine(model, VOCAB, compiled=True)
     assert engine.generate(requests) == plain
-    assert len(uncompiled) == 2  # the step and the logits, once
+    assert len(uncompiled) == 1
     assert engine.blocks.n_held == 0
 
 
@@ -164,7 +167,7 @@ def test_a_server_s_engine_is_warm_before_anybody_asks(uncompiled: list[Any]) ->
     )
     engine = new_engine(chameleon)
     assert engine.compiled
-    assert len(uncompiled) == 2
+    assert len(uncompiled) == 1
     assert not engine.busy
     assert engine.blocks.n_held == 0
 
@@ -172,7 +175,7 @@ def test_a_server_s_engine_is_warm_before_anybody_asks(uncompiled: list[Any]) ->
 def test_compiling_is_refused_where_it_is_not_for(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="Compiling is for a GPU"):
+    with pytest.raises(UserError, match="Compiling is for a CUDA GPU, and this is cpu"):
         Chameleon.from_pretrained(model_folder, device="cpu", compiled=True)
     assert "--tensor" in refusal(capsys, "serve", "--compile", "--tensor", "2")
 
@@ -188,3 +191,96 @@ def test_what_pytorch_compiles_equals_the_transformer_in_two_graphs() -> None:
         hidden = decoded(model, step, token_ids, block_size)
         torch.testing.assert_close(hidden, model.hidden(token_ids), atol=1e-4, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_a_process_may_come_to_serve_many_shapes_of_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for width in range(30, 35):  # PyTorch's own limit is met at the fifth
+        model = model_of(n_layers=1, ffn_dim=width)
+        for n_rows in (1, 3):
+            equals_the_transformer(model, CompiledStep(model), n_rows, block_size=16)
+
+
+class FakeGraph:
+    """Like a CUDA graph it knows what it reads and writes by its place, and returns one tensor."""
+
+    made: list[FakeGraph]
+
+    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any) -> None:
+        self.function, self.shape, self.shares = function, given.shape, pool
+        self.result, self.pool = function(given), pool or object()
+        self.made.append(self)
+
+    def replay(self, given: Tensor) -> Tensor:
+        assert given.shape == self.shape
+        return self.result.copy_(self.function(given))
+
+
+@pytest.fixture
+def graphs(uncompiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """All that were captured, for an engine whose steps are replayed."""
+    monkeypatch.setattr(FakeGraph, "made", [], raising=False)
+    monkeypatch.setattr(compiled, "Graph", FakeGraph)
+    return FakeGraph.made
+
+
+def replaying(model: Transformer) -> CompiledStep:
+    step = CompiledStep(model)
+    step.replays = True
+    return step
+
+
+def test_each_shape_is_captured_once_and_shares_the_memory_of_the_others(
+    graphs: list[FakeGraph],
+) -> None:
+    model = model_of()
+    step = replaying(model)
+    token_ids = some_ids(model, 5, 19)
+    pool = Pool(model, 5, 19, block_size=4)
+    for t in range(19):
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 5)):
+            ids, tables = token_ids[rows, t], pool.tables[rows]
+            hidden = step.hidden(ids, torch.full((len(ids),), t), tables, pool.storage)
+            wanted = model.hidden(token_ids[rows, : t + 1])[:, -1]
+            torch.testing.assert_close(hidden, wanted, atol=1e-4, rtol=1e-4)
+    assert [graph.shape for graph in graphs] == [(1, 2 + 8), (4, 2 + 8)]
+    assert graphs[1].shares is graphs[0].pool
+
+
+@pytest.mark.parametrize("moved", [(0, 0), (-1, 1)])
+def test_graphs_are_captured_anew_when_any_part_of_the_cache_has_moved(
+    moved: tuple[int, int], graphs: list[FakeGraph]
+) -> None:
+    model = model_of()
+    step, token_ids = replaying(model), some_ids(model, 1, 9)
+    pool = Pool(model, 1, 9, block_size=4)
+    layer, which = moved
+    hidden = []
+    for t in range(9):
+        if t == 5:
+            tensors = list(pool.storage[layer])
+            tensors[which], old = tensors[which].clone(), tensors[which]
+            pool.storage[layer] = (tensors[0], tensors[1])
+            old.fill_(torch.nan)
+        positions = torch.tensor([t])
+        hidden.append(step.hidden(token_ids[:, t], positions, pool.tables, pool.storage))
+    torch.testing.assert_close(torch.stack(hidden, 1), model.hidden(token_ids),
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    assert [graph.shares for graph in graphs] == [None, None]  # nothing of those that went
+
+
+def test_an_engine_that_replays_writes_the_same_ids_while_its_cache_grows(
+    graphs: list[FakeGraph],
+) -> None:
+    model = model_of()
+    model.output.weight.data *= 25
+    requests = [
+        Request([VOCAB.bos_id], SamplingParams(GREEDY, GREEDY, mode="image", max_tokens=n))
+        for n in (10, 30, 60)
+    ]
+    engine = Engine(model, VOCAB, compiled=True, block_size=2)
+    assert isinstance(engine.runner.step, CompiledStep)
+    engine.runner.step.replays = True
+    assert engine.generate(requests) == Engine(model, VOCAB).generate(requests)
+    assert len({graph.shape for graph in graphs}) < len(graphs)

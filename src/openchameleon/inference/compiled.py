@@ -7,6 +7,8 @@ from Python, which takes a GPU longer than to run them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ Storage = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of each layer, (blocks, block_size, K, D)."""
 
 LEAST_WIDTH = 4  # blocks
+MAX_COMPILED = 200
+"""Compilations in a process: two for each shape of model that it comes to serve. PyTorch refuses
+the ninth by itself."""
 
 
 class CompiledStep:
@@ -36,11 +41,14 @@ class CompiledStep:
         self.like = torch.empty(
             config.n_kv_heads, config.head_dim, dtype=model.dtype, device=self.device
         )
-        compiled: Callable[..., Any] = torch.compile(step_hidden, dynamic=True, fullgraph=True)
-        self._hidden = compiled
-        self._logits: Callable[..., Any] = torch.compile(model.logits, dynamic=True, fullgraph=True)
+        self._compiled: Callable[..., Tensor] = torch.compile(
+            step_hidden, dynamic=True, fullgraph=True
+        )
+        self.replays = self.device.type == "cuda"
         self._graphs: dict[torch.Size, Graph] = {}
-        self._captured_at = 0
+        self._captured_at: list[int] = []
+        # A graph reads weights where they lay, also when others were put in their place.
+        self._kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
 
     def hidden(
         self, token_ids: Tensor, positions: Tensor, tables: Tensor, storage: Storage
@@ -50,9 +58,10 @@ class CompiledStep:
         token_ids, positions: int64 (R,). tables: int64 (R, W), the blocks of each row's stream.
         """
         rows = padded(token_ids, positions, tables)
-        hidden = self._replayed(rows, storage) if self.device.type == "cuda" else (
-            self._hidden(self.model, rows.to(self.device), storage)
-        )  # fmt: skip
+        if self.replays:
+            hidden = self._graph(rows.shape, storage).replay(rows)
+        else:
+            hidden = self._hidden(rows.to(self.device), storage)
         return hidden[: len(token_ids)].clone()  # the next replay writes where this one did
 
     def logits(
@@ -62,46 +71,61 @@ class CompiledStep:
 
         Or those columns of `out`, float32 (R, ids), which comes back.
         """
-        logits: Tensor = self._logits(hidden, first, stop)
+        logits = self.model.logits(hidden, first, stop)  # two kernels: nothing to be compiled
         if out is None:
             return logits
         out[:, first:stop] = logits
         return out
 
-    def _replayed(self, rows: Tensor, storage: Storage) -> Tensor:
-        place = storage[0][0].data_ptr()
+    def _hidden(self, rows: Tensor, storage: Storage) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
+            return self._compiled(self.model, rows, storage)
+
+    def _graph(self, shape: torch.Size, storage: Storage) -> Graph:
+        """The step for rows of that shape as a graph, which knows the cache by its addresses."""
+        tensors = [*chain(*storage)]
+        place = [*(t.data_ptr() for t in tensors), *map(len, tensors)]
         if place != self._captured_at:
             self._graphs, self._captured_at = {}, place
-        graph = self._graphs.get(rows.shape)
-        if graph is None:
-            pools = [other.pool for other in self._graphs.values()]
-            graph = self._graphs[rows.shape] = Graph(
-                lambda rows: self._hidden(self.model, rows, storage),
-                nothing(rows.shape).to(self.device),
-                pools[0] if pools else None,
-            )
-        return graph.replay(rows)
+        if shape not in self._graphs:
+            pool = next((graph.pool for graph in self._graphs.values()), None)
+            rows = nothing(shape).to(self.device)
+            self._graphs[shape] = Graph(lambda rows: self._hidden(rows, storage), rows, pool)
+        return self._graphs[shape]
 
 
 class Graph:
-    """A function of one tensor as a CUDA graph. Not run yet: no GPU was at hand."""
+    """A function of one tensor as a CUDA graph. Not run yet: no GPU was at hand.
+
+    given: on the GPU; what is replayed is for its shape. pool: of another graph, to share its
+    memory; what either has returned last must be read before the other is replayed.
+    """
 
     def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any) -> None:
-        self.given, self._graph = given, torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and chosen before they are captured
-            for _ in range(3):
+        self.given, device = given, given.device
+        stream = capture_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        # Both contexts also for what `torch.cuda.graph` does not put back when a capture fails.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are compiled and chosen before they are captured
                 function(given)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.result = function(given)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads of a server use the GPU meanwhile, for pictures.
+            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+                self.result = function(given)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.pool = self._graph.pool()
 
     def replay(self, given: Tensor) -> Tensor:
         self.given.copy_(given)
         self._graph.replay()
         return self.result
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a GPU: matrix products keep memory for each stream they met."""
+    return torch.cuda.Stream(device)
 
 
 def padded(token_ids: Tensor, positions: Tensor, tables: Tensor) -> Tensor:

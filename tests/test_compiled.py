@@ -284,3 +284,15 @@ def test_an_engine_that_replays_writes_the_same_ids_while_its_cache_grows(
     engine.runner.step.replays = True
     assert engine.generate(requests) == Engine(model, VOCAB).generate(requests)
     assert len({graph.shape for graph in graphs}) < len(graphs)
+
+
+def test_prompts_that_come_together_are_read_in_calls_of_bounded_memory(
+    graphs: list[FakeGraph],
+) -> None:
+    engine = Engine(model_of(), VOCAB, compiled=True)
+    assert isinstance(engine.runner.step, CompiledStep)
+    engine.runner.step.replays = True
+    params = SamplingParams(mode="text", max_tokens=1)
+    texts = range(VOCAB.text_start, VOCAB.text_start + 30)
+    engine.generate([Request([VOCAB.bos_id, i, *texts], params) for i in texts])
+    assert max(graph.shape[0] for graph in graphs) == CompiledStep.max_rows

@@ -381,9 +381,10 @@ def test_model_calls_bound_their_padding() -> None:
 
 
 def test_calls_of_the_faster_step_bound_their_rows() -> None:
-    assert step_cuts([]) == [0]
-    assert step_cuts([7]) == [0, 1]
-    assert step_cuts([1] * 250 + [6, 1, 30]) == [0, 251, 253]
+    assert step_cuts([], 256) == [0]
+    assert step_cuts([7], 4) == [0, 1]
+    assert step_cuts([1] * 250 + [6, 1, 30], 256) == [0, 251, 253]
+    assert step_cuts([1] * 70 + [30, 32], 64) == [0, 64, 71, 72]
 
 
 @pytest.mark.parametrize(("lookahead", "block_size"), [(0, 16), (1, 2), (3, 3)])

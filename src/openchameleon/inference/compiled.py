@@ -35,6 +35,8 @@ class CompiledStep:
     cache has grown. The first step takes a minute or more.
     """
 
+    max_rows = 64  # of a call: graphs keep the memory for each row's whole past
+
     def __init__(self, model: Transformer) -> None:
         config = model.config
         self.model, self.device = model, model.output_weight.device

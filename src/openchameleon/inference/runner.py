@@ -17,8 +17,8 @@ from openchameleon.inference.scheduler import Read
 from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import Vocab
 
-SHORT, MAX_ROWS = 32, 256
-"""New ids of a stream that the faster step reads rather than PyTorch, and of one of its calls."""
+SHORT = 32
+"""New ids of a stream that the faster step reads rather than PyTorch."""
 
 
 class Runner:
@@ -46,7 +46,8 @@ class Runner:
         n_short = 0
         if self.step is not None:
             n_short = sum(n <= SHORT for _, n in reads)
-            for start, stop in pairwise(step_cuts([n for _, n in reads[:n_short]])):
+            counts = [n for _, n in reads[:n_short]]
+            for start, stop in pairwise(step_cuts(counts, self.step.max_rows)):
                 group = reads[start:stop]
                 self._fill(group, self._call_step(self.step, group))
         reads = reads[n_short:]
@@ -108,11 +109,11 @@ def new_ids(reads: list[Read]) -> list[list[int]]:
     return [[*s.token_ids[s.n_read :], *s.guess][:n] for s, n in reads]
 
 
-def step_cuts(counts: list[int]) -> list[int]:
-    """Where to cut counts into its calls of at most MAX_ROWS ids: 0, ..., len(counts)."""
+def step_cuts(counts: list[int], max_rows: int) -> list[int]:
+    """Where to cut counts into its calls of at most max_rows ids: 0, ..., len(counts)."""
     cuts, n_rows = [0], 0
     for stop, count in enumerate(counts):
-        if n_rows + count > MAX_ROWS and n_rows:
+        if n_rows + count > max_rows and n_rows:
             cuts.append(stop)
             n_rows = 0
         n_rows += count

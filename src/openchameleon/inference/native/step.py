@@ -99,6 +99,8 @@ class NativeStep:
     Weights are used where they lie: float32 or bfloat16, or what `store_weights` made of them.
     """
 
+    max_rows = 256  # of a call
+
     def __init__(self, model: Transformer, lib: ctypes.CDLL) -> None:
         self.lib, config = lib, model.config
         self.config = config

@@ -186,7 +186,8 @@ def test_what_pytorch_compiles_equals_the_transformer_in_two_graphs() -> None:
     torch._dynamo.reset()
     model = model_of(norm_placement="output", n_kv_heads=2)
     step = CompiledStep(model)
-    for n_rows, block_size in ((1, 16), (3, 5), (8, 16), (17, 16), (5, 2)):
+    sizes = [(1, 5), (2, 2), (1, 19), (3, 5), (8, 16), (17, 16), (5, 2)]  # with some as kv heads
+    for n_rows, block_size in sizes:
         token_ids = some_ids(model, n_rows, 19)
         hidden = decoded(model, step, token_ids, block_size)
         torch.testing.assert_close(hidden, model.hidden(token_ids), atol=1e-4, rtol=1e-4)

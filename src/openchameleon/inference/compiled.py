@@ -80,7 +80,12 @@ class CompiledStep:
         return out
 
     def _hidden(self, rows: Tensor, storage: Storage) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
+        """The step as it is compiled: for any sizes, also where two are alike in the first call."""
+        from torch.fx.experimental import _config
+
+        shapes: Any = _config
+        limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
+        with limit, shapes.patch(use_duck_shape=False):
             return self._compiled(self.model, rows, storage)
 
     def _graph(self, shape: torch.Size, storage: Storage) -> Graph:

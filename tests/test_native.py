@@ -265,6 +265,37 @@ def test_greedy_answers_are_the_same_with_and_without(
 
 
 @needs_library
+@pytest.mark.parametrize(("kind", "longest"), [("float32", 64), ("int8", 128)])
+def test_longer_prompts_are_read_by_pytorch_and_answered_alike(
+    kind: Any, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = Vocab.compact(24, 9, 80)
+    model = model_of(vocab_size=vocab.size, max_seq_len=200)
+    model.output_weight.mul_(20)
+    if kind == "int8":
+        store_weights(model, "int8")
+    n_rows: list[int] = []
+    hidden = NativeStep.hidden
+
+    def counted(self: NativeStep, token_ids: Tensor, *rest: Any) -> Tensor:
+        n_rows.append(len(token_ids))
+        return hidden(self, token_ids, *rest)
+
+    monkeypatch.setattr(NativeStep, "hidden", counted)
+    zero = ModalityParams(0.0)
+    greedy = SamplingParams(zero, zero, mode="text", max_tokens=2)
+    texts = torch.arange(longest + 1) % 60 + vocab.text_start
+    for n_ids, wanted in ((longest, [longest, 1]), (longest + 1, [1])):
+        n_rows.clear()
+        request = Request(texts[:n_ids].tolist(), greedy)
+        (answer,) = Engine(model, vocab).generate([request])
+        assert n_rows == wanted
+        with monkeypatch.context() as plain:
+            plain.setenv(SWITCH, "0")
+            assert Engine(model, vocab).generate([request]) == [answer]
+
+
+@needs_library
 def test_replaced_weights_are_used_by_the_next_request() -> None:
     vocab = Vocab.compact(24, 9, 80)
     model, other = (model_of(seed, vocab_size=vocab.size) for seed in (0, 1))

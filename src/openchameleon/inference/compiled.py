@@ -35,6 +35,7 @@ class CompiledStep:
     cache has grown. The first step takes a minute or more.
     """
 
+    longest = 32  # new ids of a stream that are read so
     max_rows = 64  # of a call: graphs keep the memory for each row's whole past
 
     def __init__(self, model: Transformer) -> None:

@@ -17,9 +17,6 @@ from openchameleon.inference.scheduler import Read
 from openchameleon.model.transformer import Transformer
 from openchameleon.vocab import Vocab
 
-SHORT = 32
-"""New ids of a stream that the faster step reads rather than PyTorch."""
-
 
 class Runner:
     """A model and the cache that it reads into.
@@ -45,7 +42,7 @@ class Runner:
         reads = sorted(reads, key=lambda read: read[1])
         n_short = 0
         if self.step is not None:
-            n_short = sum(n <= SHORT for _, n in reads)
+            n_short = sum(n <= self.step.longest for _, n in reads)
             counts = [n for _, n in reads[:n_short]]
             for start, stop in pairwise(step_cuts(counts, self.step.max_rows)):
                 group = reads[start:stop]

@@ -100,6 +100,7 @@ class NativeStep:
     """
 
     max_rows = 256  # of a call
+    longest: int  # new ids of a stream that PyTorch does not read faster
 
     def __init__(self, model: Transformer, lib: ctypes.CDLL) -> None:
         self.lib, config = lib, model.config
@@ -117,6 +118,7 @@ class NativeStep:
             self._layers,
         )  # fmt: skip
         self.head = self._matrix(getattr(model, "output", model.tok_embeddings))
+        self.longest = 128 if layers[0].wq.kind == KINDS[torch.int8] else 64
         self.like = torch.empty(config.n_kv_heads, config.head_dim)
         self.large_pages = use_large_pages(self._kept)
         self._scratch = torch.empty(0)

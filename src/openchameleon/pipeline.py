@@ -117,7 +117,7 @@ class Chameleon:
         on any device; such a model generates faster and cannot be saved.
         allow_pickle: Meta's files are pickles, which another process reads, for tensors alone.
         compiled: on a GPU, the step that writes is compiled and replayed as a graph: the first
-        answer takes a minute longer, the others less. UserError where it is not a CUDA device.
+        answer takes minutes longer, the others less. UserError where it is not a CUDA device.
         All of it is in memory then: nothing that happens to the files changes it.
         UserError says what was looked for, or which file is missing or damaged.
         """

@@ -32,7 +32,7 @@ class CompiledStep:
 
     Rows and blocks are padded to powers of two, so that few shapes are met. What is compiled holds
     for all of them; each is captured once as a graph when it first comes, and anew when the
-    cache has grown. The first step takes a minute or more.
+    cache has grown. The first step takes minutes, more for more layers.
     """
 
     longest = 32  # new ids of a stream that are read so

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import parser, report
-from decode import SHAPES, bytes_of
+from decode import SHAPES, bytes_of, never_ending
 
 from openchameleon.inference.engine import Engine
 from openchameleon.inference.params import ModalityParams, SamplingParams
@@ -48,8 +48,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ALL_SHAPES[args.shape]
-    n_codes, n_text = 8192, config.vocab_size - 8192 - 7
-    vocab = Vocab.compact(n_codes, max(args.context // 2, args.steps + 4), n_text)
+    codes_per_item = max(args.context // 2, args.steps + 4)
+    vocab = Vocab.compact(8192, codes_per_item, config.vocab_size - 8192 - 7)
     model = random_model(config, args.dtype, device)
     for n_streams in args.batch[:1] if args.quick else args.batch:
         for case in CASES:
@@ -70,8 +70,9 @@ def random_model(config: ModelConfig, dtype: str, device: torch.device) -> Trans
 
 
 def measure(args: Namespace, model: Transformer, vocab: Vocab, case: str, n_streams: int) -> None:
-    n_ids = args.context + 2 + args.steps
-    params = SamplingParams(ZERO, ZERO, **CASES[case], max_tokens=max(2 * n_ids, 4 * args.steps))
+    params = SamplingParams(ZERO, ZERO, **CASES[case], max_tokens=2 * (args.context + args.steps))
+    if case == "text":
+        vocab = never_ending(vocab)
     engine = Engine(model, vocab, max_batch=3 * n_streams, lookahead=0, compiled=args.compile,
                     cache_tokens=3 * n_streams * model.config.max_seq_len)  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -87,6 +88,7 @@ def measure(args: Namespace, model: Transformer, vocab: Vocab, case: str, n_stre
         engine.step()
     n_held = sum(len(stream.token_ids) for s in sequences for stream in s.streams)
     seconds = [timeit(engine.step, number=1) for _ in range(args.steps)]
+    assert all(sequence.finish_reason is None for sequence in sequences)
     for sequence in sequences:
         engine.abort(sequence)
     step, read = statistics.median(seconds), n_bytes(model, vocab, case, n_held)
@@ -115,7 +117,6 @@ def n_bytes(model: Transformer, vocab: Vocab, case: str, n_held: int) -> int:
 def read_rate(device: torch.device) -> float:
     """Bytes a second at which a large tensor is summed."""
     numbers = torch.ones(2**27, device=device)
-
     turns = [timeit(lambda: numbers.sum().item(), number=1) for _ in range(8)]
     return numbers.nbytes / statistics.median(turns[1:])
 

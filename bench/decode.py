@@ -116,8 +116,7 @@ def keep(ids: dict[str, Ids], name: str, run: Callable[[], Ids]) -> None:
 def ours(
     model: Transformer, vocab: Vocab, prompts: Ids, case: str, n_new: int, native: str
 ) -> tuple[int, Callable[[], Ids]]:
-    never_ends = replace(vocab, eos_id=vocab.unk_id, unk_id=vocab.eos_id)
-    engine = Engine(model, never_ends if case == "text" else vocab, lookahead=0)
+    engine = Engine(model, never_ending(vocab) if case == "text" else vocab, lookahead=0)
     mode: Any = {"text": "text", "picture": "image"}[case]
     params = SamplingParams(ZERO, ZERO, mode=mode, max_tokens=n_new + (case == "picture"))
     requests = [Request(prompt, params) for prompt in prompts]
@@ -130,6 +129,11 @@ def ours(
         return ids
 
     return bytes_of(model), run
+
+
+def never_ending(vocab: Vocab) -> Vocab:
+    """Texts do not end by themselves: what would end them is an id that is never written."""
+    return replace(vocab, eos_id=vocab.unk_id, unk_id=vocab.eos_id)
 
 
 def bytes_of(model: torch.nn.Module) -> int:

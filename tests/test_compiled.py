@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_native
 import torch
 from test_cli import refusal
 from test_native import VARIANTS, model_of, some_ids
@@ -46,17 +47,11 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
-class Pool:
-    """Blocks in an order of chance, full of what nobody may read but for the null block's zeros."""
+class Pool(test_native.Pool):
+    """Full of what nobody may read but for the null block's zeros."""
 
     def __init__(self, model: Transformer, n_rows: int, length: int, block_size: int) -> None:
-        config, width = model.config, -(-length // block_size)
-        self.tables = 1 + torch.randperm(n_rows * width).reshape(n_rows, width)
-        shape = (n_rows * width + 1, block_size, config.n_kv_heads, config.head_dim)
-        self.storage = [
-            (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
-            for _ in range(config.n_layers)
-        ]
+        super().__init__(model.config, n_rows, length, block_size)
         for keys, values in self.storage:
             keys[NULL_BLOCK] = values[NULL_BLOCK] = 0.0
 
